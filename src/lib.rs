@@ -1,1 +1,7 @@
-//! Pando.
+//! Pando: many virtual machines from one read-only operating-system image.
+#![deny(unsafe_code)]
+
+pub mod block;
+pub mod cli;
+pub mod sys;
+pub mod units;

@@ -1,0 +1,1 @@
+//! Checks and looks at a delta file without opening it for a volume.

@@ -1,0 +1,229 @@
+//! The mark log: which clusters were marked since the last flush, kept where the death of the process cannot reach it.
+//!
+//! A completed write has to survive `kill -9`, flushed or not, but its mark may go into the map on disk only after its data
+//! is durable. So the mark goes into this log first, by an ordinary write that the page cache keeps when the process is
+//! gone. Nobody syncs the log. After the host itself went down it is void (the session's boot id tells): its pages may then
+//! have reached the disk ahead of the data that they speak of.
+//!
+//! By system call and not through a mapping, so that a full disk or a failing one is an error code. One write takes the
+//! marks of a whole batch of requests.
+//!
+//! The log has two halves. A half is a sequence of entries, all of one generation, from its start:
+//!
+//! | field | bytes | meaning |
+//! |---|---|---|
+//! | checksum | 4 | CRC-32C of the rest of the entry |
+//! | count | 4 | marks that follow |
+//! | generation | 8 | counts up by one each time that the log turns to the other half |
+//! | marks | 16 each | first cluster (8; the top bit set: zero, clear: in the delta), number of clusters (8) |
+//!
+//! A flush turns to the other half before it copies the map, so what the half behind it holds is in that copy, and is free again
+//! once the copy is in the map on disk. Replaying the lower generation and then the higher one, over the map on disk, gives the
+//! states at the time of death: entries stand in the order in which the states changed.
+
+use std::io;
+
+use crate::block::storage::Storage;
+use crate::sys::buffers::{Readable, Writable};
+
+use super::layout::{LOG_HALF_BYTES, LOG_START};
+use super::map::State;
+
+const ENTRY_HEAD_BYTES: usize = 16;
+const MARK_BYTES: usize = 16;
+const ZERO_BIT: u64 = 1 << 63;
+/// Marks in one entry, so that reading one back takes bounded memory.
+const MARKS_PER_ENTRY_MAX: usize = 4096;
+
+/// Clusters in one mark, so that replaying any log ends in seconds, whoever wrote it.
+pub const CLUSTERS_MAX: u64 = super::layout::CLUSTERS_PER_STRETCH;
+
+/// How far a new session's generation is above the highest one in sight: a power loss may have lost the start of a half and
+/// kept what is further on, and that must not be taken for the new session's.
+pub const GENERATIONS_UNSEEN: u64 = 16;
+
+/// A run of clusters with a new state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// First cluster.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// Whether they are now zero; if not, they are in the delta.
+    pub zero: bool,
+}
+
+impl Mark {
+    /// The state of its clusters.
+    pub fn state(&self) -> State {
+        if self.zero { State::Zero } else { State::Delta }
+    }
+}
+
+/// Why marks could not be logged.
+#[derive(Debug)]
+pub enum AppendError {
+    /// No room until a flush has turned the log.
+    Full,
+    /// The file system refused.
+    Io { offset: u64, source: io::Error },
+}
+
+/// The end of the log that is written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkLog {
+    half: u64,
+    /// Bytes of the half in use.
+    used: u64,
+    generation: u64,
+}
+
+/// What a dead session left in the log.
+pub struct Replay {
+    /// In the order in which they were made.
+    pub marks: Vec<Mark>,
+    /// Where to go on.
+    pub log: MarkLog,
+    /// Whether the other half's marks count as well, so that it is not free yet.
+    pub other_half_counts: bool,
+}
+
+fn half_start(half: u64) -> u64 {
+    LOG_START + half * LOG_HALF_BYTES
+}
+
+impl MarkLog {
+    /// A log with nothing in it.
+    pub fn new(generation: u64) -> MarkLog {
+        MarkLog { half: generation % 2, used: 0, generation }
+    }
+
+    /// Writes `marks` behind what is there. They are in the log when this returns, and not at all when it fails.
+    pub fn append(&mut self, marks: &[Mark], storage: &impl Storage) -> Result<(), AppendError> {
+        let mut bytes = Vec::with_capacity(ENTRY_HEAD_BYTES + marks.len() * MARK_BYTES);
+        for marks in marks.chunks(MARKS_PER_ENTRY_MAX) {
+            let start = bytes.len();
+            bytes.extend_from_slice(&[0; 4]);
+            bytes.extend_from_slice(&(marks.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(&self.generation.to_le_bytes());
+            for mark in marks {
+                let zero = if mark.zero { ZERO_BIT } else { 0 };
+                bytes.extend_from_slice(&(mark.first | zero).to_le_bytes());
+                bytes.extend_from_slice(&mark.count.to_le_bytes());
+            }
+            let checksum = crc32c::crc32c(&bytes[start + 4..]);
+            bytes[start..start + 4].copy_from_slice(&checksum.to_le_bytes());
+        }
+        if bytes.len() as u64 > LOG_HALF_BYTES - self.used {
+            return Err(AppendError::Full);
+        }
+        let offset = half_start(self.half) + self.used;
+        storage
+            .write_at(&[Readable::from_slice(&bytes)], offset)
+            .map_err(|source| AppendError::Io { offset, source })?;
+        self.used += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Turns to the other half, which must be free.
+    pub fn turn(&mut self) {
+        *self = MarkLog::new(self.generation + 1);
+    }
+
+    /// Whether nothing was logged since the last turn.
+    pub fn is_empty(&self) -> bool {
+        self.used == 0
+    }
+
+    /// The generation that entries carry now.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+}
+
+/// Reads what a session left whose lowest generation is `generation`, for a volume of `clusters` clusters.
+pub fn replay(storage: &impl Storage, generation: u64, clusters: u64) -> io::Result<Replay> {
+    let mut halves = [read_half(storage, 0, generation, clusters)?, read_half(storage, 1, generation, clusters)?];
+    halves.sort_by_key(|half| half.generation);
+    let [lower, higher] = halves;
+    let other_half_counts = !lower.marks.is_empty();
+    let log = match higher.generation {
+        // Nothing was logged.
+        None => MarkLog::new(generation),
+        Some(generation) => MarkLog { half: higher.half, used: higher.used, generation },
+    };
+    Ok(Replay { marks: [lower.marks, higher.marks].concat(), log, other_half_counts })
+}
+
+/// The highest generation that an entry at the start of a half has; whatever session it is of.
+pub fn highest_generation(storage: &impl Storage, clusters: u64) -> io::Result<u64> {
+    let mut highest = 0;
+    for half in [0, 1] {
+        if let Some(entry) = read_entry(storage, half_start(half), LOG_HALF_BYTES, clusters)? {
+            highest = highest.max(entry.generation);
+        }
+    }
+    Ok(highest)
+}
+
+struct Half {
+    half: u64,
+    /// `None` when no entry counts.
+    generation: Option<u64>,
+    marks: Vec<Mark>,
+    used: u64,
+}
+
+fn read_half(storage: &impl Storage, half: u64, lowest: u64, clusters: u64) -> io::Result<Half> {
+    let mut found = Half { half, generation: None, marks: Vec::new(), used: 0 };
+    while let Some(entry) = read_entry(storage, half_start(half) + found.used, LOG_HALF_BYTES - found.used, clusters)? {
+        // What an earlier generation left further on does not count. A generation belongs to one half.
+        let counts = entry.generation >= lowest
+            && entry.generation % 2 == half
+            && found.generation.is_none_or(|generation| generation == entry.generation);
+        if !counts {
+            break;
+        }
+        found.generation = Some(entry.generation);
+        found.used += (ENTRY_HEAD_BYTES + entry.marks.len() * MARK_BYTES) as u64;
+        found.marks.extend(entry.marks);
+    }
+    Ok(found)
+}
+
+struct Entry {
+    generation: u64,
+    marks: Vec<Mark>,
+}
+
+/// The entry at `offset`, of at most `bytes_max` bytes, or `None` when there is no valid one.
+fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64) -> io::Result<Option<Entry>> {
+    let mut head = [0; ENTRY_HEAD_BYTES];
+    if bytes_max < head.len() as u64 {
+        return Ok(None);
+    }
+    storage.read_at(Writable::from_mut_slice(&mut head), offset)?;
+    let [checksum, count] =
+        [&head[..4], &head[4..8]].map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+    let len = ENTRY_HEAD_BYTES + (count as usize).saturating_mul(MARK_BYTES);
+    if count == 0 || count as usize > MARKS_PER_ENTRY_MAX || len as u64 > bytes_max {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; len];
+    storage.read_at(Writable::from_mut_slice(&mut bytes), offset)?;
+    if crc32c::crc32c(&bytes[4..]) != checksum {
+        return Ok(None);
+    }
+    let (numbers, _) = bytes[8..].as_chunks::<8>();
+    let mut numbers = numbers.iter().map(|bytes| u64::from_le_bytes(*bytes));
+    let generation = numbers.next().unwrap_or(0);
+    let mut marks = Vec::with_capacity(count as usize);
+    while let (Some(first), Some(count)) = (numbers.next(), numbers.next()) {
+        let mark = Mark { first: first & !ZERO_BIT, count, zero: first & ZERO_BIT != 0 };
+        if count > CLUSTERS_MAX || mark.first.checked_add(count).is_none_or(|end| end > clusters) {
+            return Ok(None);
+        }
+        marks.push(mark);
+    }
+    Ok(Some(Entry { generation, marks }))
+}

@@ -1,0 +1,410 @@
+//! [`Delta`]: one VM's private, sparse file over one base.
+//!
+//! Knows which clusters it holds and keeps that knowledge safe; what lies below it, and when a cluster has to be copied up,
+//! is [`super::Volume`]'s affair.
+//!
+//! # What the file promises, and how
+//!
+//! - **Power loss.** A flush makes data durable, then the marks that speak of it, then returns: `sync`, map sectors, `sync`.
+//!   The map sectors are copied *before* the first sync, so they never speak of data that came later. A sector of data
+//!   therefore holds its old contents until its mark is durable, and its new ones afterwards.
+//! - **Process death.** A mark is in the mark log ([`marks`]) before the write that made it completes.
+//! - **Failed sync.** The kernel reports a lost write once and forgets; so the first failed sync latches, and no later write or flush
+//!   reports success.
+//! - **One writer.** The file is locked while it is open ([`open::open`]).
+
+pub mod check;
+pub mod header;
+pub mod layout;
+mod map;
+mod marks;
+pub mod open;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::sys::buffers::{Readable, Writable};
+use crate::sys::process;
+
+use super::Error;
+use super::storage::Storage;
+use header::{HEADER_AT, Header, Phase, SESSION_AT, Session};
+use layout::{CLUSTERS_PER_STRETCH, Layout};
+use map::{LoadError, Map};
+use marks::{AppendError, Mark, MarkLog};
+
+pub use map::{MapFault, State};
+pub use open::OpenError;
+
+/// Whether what is written has to outlive the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// The file stays, with every promise above.
+    Persistent,
+    /// The file has no name and goes with the process: nothing is logged and a flush costs nothing.
+    Ephemeral,
+}
+
+/// An open delta. Shared by all queue threads.
+pub struct Delta<S> {
+    storage: S,
+    /// What to call the file in messages.
+    label: String,
+    header: Header,
+    map: Map,
+    lifetime: Lifetime,
+    log: Mutex<MarkLog>,
+    /// Held during a flush.
+    flush: Mutex<FlushState>,
+    /// Whether data was written since the last sync.
+    written: AtomicBool,
+    /// Whether a sync has failed.
+    failed: AtomicBool,
+    session: Session,
+}
+
+struct FlushState {
+    /// Whether the log's other half is free to be turned to.
+    other_half_free: bool,
+}
+
+/// The marks that the writes of one batch of requests have made and that are not in the log yet.
+///
+/// Whoever writes through a delta commits the batch before it reports any of its writes as complete.
+#[derive(Default)]
+pub struct Marks {
+    runs: Vec<(u64, u64)>,
+    log: Vec<Mark>,
+}
+
+impl Marks {
+    /// Notes a cluster; neighbours join.
+    fn push(&mut self, cluster: u64) {
+        match self.runs.last_mut() {
+            Some((first, count)) if *first + *count == cluster => *count += 1,
+            _ => self.runs.push((cluster, 1)),
+        }
+    }
+
+    /// Whether there is nothing to commit.
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+}
+
+impl<S: Storage> Delta<S> {
+    /// Opens a delta whose `header` has been read from `storage` and found to be for the right base.
+    ///
+    /// Takes the same time for any size. After the death of an earlier session of this boot, its marks are taken over.
+    pub fn start(storage: S, label: String, header: Header, lifetime: Lifetime) -> Result<Delta<S>, OpenError> {
+        let io = |action, offset| {
+            let file = label.clone();
+            move |source| OpenError::Io { action, file, offset, source }
+        };
+        let layout = header.layout;
+        let found = open::read_session(&storage, &label)?;
+        let boot = process::boot_id().map_err(io("find the boot id for", SESSION_AT))?;
+        let map = Map::new(layout).map_err(io("make room in memory for the map of", 0))?;
+        let died = found.phase == Phase::Open && found.boot == boot;
+        let (session, log, other_half_free) = if died {
+            let replay = marks::replay(&storage, found.generation, layout.cluster_count())
+                .map_err(io("read the mark log of", layout::LOG_START))?;
+            apply(&map, &replay.marks, &storage, &label)?;
+            log::info!(
+                "{label}: the last session was not closed; took over its mark log with {} entries",
+                replay.marks.len()
+            );
+            (found, replay.log, !replay.other_half_counts)
+        } else {
+            if found.phase == Phase::Open {
+                log::warn!("{label}: the host went down while it was open; going on from the last flush");
+            }
+            let highest = marks::highest_generation(&storage, layout.cluster_count())
+                .map_err(io("read the mark log of", layout::LOG_START))?;
+            let generation = found.generation.max(highest) + marks::GENERATIONS_UNSEEN;
+            (Session { phase: Phase::Open, boot, generation }, MarkLog::new(generation), true)
+        };
+        let delta = Delta {
+            map,
+            log: Mutex::new(log),
+            flush: Mutex::new(FlushState { other_half_free }),
+            // What a dead session wrote may not be durable yet.
+            written: AtomicBool::new(died),
+            failed: AtomicBool::new(false),
+            session,
+            storage,
+            label,
+            header,
+            lifetime,
+        };
+        if lifetime == Lifetime::Persistent && !died {
+            delta.write_session(Phase::Open).map_err(OpenError::from)?;
+        }
+        Ok(delta)
+    }
+
+    /// Cluster size and size of the volume.
+    pub fn layout(&self) -> Layout {
+        self.header.layout
+    }
+
+    /// The number that no other delta has.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.header.uuid
+    }
+
+    /// Sees to it that the states of the cluster's group can be asked for. Clusters of one stretch are of one group.
+    #[inline]
+    pub fn load(&self, cluster: u64) -> Result<(), Error> {
+        self.map.load(cluster, &self.storage).map_err(|error| map_error(error, &self.label))
+    }
+
+    /// Where a cluster's contents are. Its group must be loaded.
+    #[inline]
+    pub fn state(&self, cluster: u64) -> State {
+        self.map.state(cluster)
+    }
+
+    /// Reads bytes of clusters that are all in the delta and all of one stretch.
+    #[inline]
+    pub fn read(&self, into: Writable<'_>, offset: u64) -> Result<(), Error> {
+        let at = self.layout().data_at(offset);
+        self.storage.read_at(into, at).map_err(|source| self.io_error("read", at, source))
+    }
+
+    /// Writes bytes to clusters of one stretch. Whoever writes to a cluster that is not in the delta yet holds the
+    /// stretch, writes all of the cluster, and calls [`Delta::mark`] before letting go.
+    pub fn write(&self, from: &[Readable<'_>], offset: u64) -> Result<(), Error> {
+        self.check_latch()?;
+        let at = self.layout().data_at(offset);
+        let result = self.storage.write_at(from, at).map_err(|source| self.io_error("write", at, source));
+        // After the write: a flush that clears this ahead of its sync then covers the write. Also when it failed, for part of it may have happened.
+        self.written.store(true, Ordering::Release);
+        result
+    }
+
+    /// Notes that all of a cluster is in the file now, which is seen at once, and safe once `marks` is committed.
+    /// The caller holds the stretch.
+    pub fn mark(&self, cluster: u64, marks: &mut Marks) {
+        match self.map.state(cluster) {
+            State::Delta => {}
+            // Another batch has marked it and may not have logged that yet: this batch's write depends on it too.
+            State::Fresh => marks.push(cluster),
+            State::Base | State::Zero if self.lifetime == Lifetime::Ephemeral => self.map.set(cluster, State::Delta),
+            State::Base | State::Zero => {
+                self.map.set(cluster, State::Fresh);
+                marks.push(cluster);
+            }
+        }
+    }
+
+    /// Makes the marks of a batch safe from the death of the process. When this fails, no write of the batch may be reported as
+    /// complete; `marks` is empty afterwards in any case.
+    pub fn commit(&self, marks: &mut Marks) -> Result<(), Error> {
+        if marks.is_empty() {
+            return Ok(());
+        }
+        let result = self.commit_runs(marks);
+        marks.runs.clear();
+        result
+    }
+
+    fn commit_runs(&self, marks: &mut Marks) -> Result<(), Error> {
+        loop {
+            let mut log = self.log.lock().expect("no holder of this lock panics");
+            // Only what is still fresh: another batch may have logged a cluster meanwhile, or a discard have overtaken it.
+            // States leave `Fresh` only under this lock, so the log has them in the order in which they change.
+            marks.log.clear();
+            for &(first, count) in &marks.runs {
+                for cluster in (first..first + count).filter(|cluster| self.map.state(*cluster) == State::Fresh) {
+                    match marks.log.last_mut() {
+                        Some(last) if last.first + last.count == cluster && last.count < marks::CLUSTERS_MAX => {
+                            last.count += 1;
+                        }
+                        _ => marks.log.push(Mark { first: cluster, count: 1, zero: false }),
+                    }
+                }
+            }
+            if marks.log.is_empty() {
+                return Ok(());
+            }
+            match log.append(&marks.log, &self.storage) {
+                Ok(()) => {
+                    for mark in &marks.log {
+                        (mark.first..mark.first + mark.count).for_each(|cluster| self.map.set(cluster, State::Delta));
+                    }
+                    return Ok(());
+                }
+                Err(AppendError::Full) => {
+                    drop(log);
+                    self.flush_and_turn()?;
+                }
+                Err(AppendError::Io { offset, source }) => {
+                    return Err(self.io_error("write the mark log of", offset, source));
+                }
+            }
+        }
+    }
+
+    /// Makes whole clusters of one stretch zero and, when `give_back` is set, gives their space back. The caller holds the stretch. Safe from
+    /// the death of the process when this returns.
+    pub fn zero(&self, first: u64, count: u64, give_back: bool) -> Result<(), Error> {
+        debug_assert_eq!(first / CLUSTERS_PER_STRETCH, (first + count - 1) / CLUSTERS_PER_STRETCH);
+        self.check_latch()?;
+        let clusters = first..first + count;
+        let held = clusters.clone().any(|cluster| matches!(self.state(cluster), State::Delta | State::Fresh));
+        if !clusters.clone().all(|cluster| self.state(cluster) == State::Zero) {
+            self.mark_zero(Mark { first, count, zero: true })?;
+        }
+        if give_back && held {
+            let (at, len) = (self.layout().data(first), count * self.layout().cluster().bytes());
+            match self.storage.punch_hole(at, len) {
+                Ok(()) => self.written.store(true, Ordering::Release),
+                // The contents are zero by their marks, whatever becomes of the space.
+                Err(error) => log::debug!("{}: space at offset {at} not given back: {error}", self.label),
+            }
+        }
+        Ok(())
+    }
+
+    fn mark_zero(&self, mark: Mark) -> Result<(), Error> {
+        let clusters = mark.first..mark.first + mark.count;
+        loop {
+            let mut log = self.log.lock().expect("no holder of this lock panics");
+            if self.lifetime == Lifetime::Persistent {
+                match log.append(&[mark], &self.storage) {
+                    Ok(()) => {}
+                    Err(AppendError::Full) => {
+                        drop(log);
+                        self.flush_and_turn()?;
+                        continue;
+                    }
+                    Err(AppendError::Io { offset, source }) => {
+                        return Err(self.io_error("write the mark log of", offset, source));
+                    }
+                }
+            }
+            clusters.for_each(|cluster| self.map.set(cluster, State::Zero));
+            return Ok(());
+        }
+    }
+
+    /// Makes durable everything that was written and committed before the call. Costs no sync when there is nothing.
+    pub fn flush(&self) -> Result<(), Error> {
+        if self.lifetime == Lifetime::Ephemeral {
+            return Ok(());
+        }
+        // Flushes that wait here share the sync of the next one: it leaves nothing for the others to do.
+        let mut state = self.flush.lock().expect("no holder of this lock panics");
+        self.check_latch()?;
+        if !self.written.load(Ordering::Acquire) && !self.map.is_dirty() {
+            return Ok(());
+        }
+        self.flush_locked(&mut state)
+    }
+
+    /// Flushes because the log is full. Enough times that it has turned.
+    fn flush_and_turn(&self) -> Result<(), Error> {
+        let mut state = self.flush.lock().expect("no holder of this lock panics");
+        self.check_latch()?;
+        if !state.other_half_free {
+            self.flush_locked(&mut state)?;
+        }
+        self.flush_locked(&mut state)
+    }
+
+    fn flush_locked(&self, state: &mut FlushState) -> Result<(), Error> {
+        let turned = state.other_half_free && {
+            let mut log = self.log.lock().expect("no holder of this lock panics");
+            let turn = !log.is_empty();
+            if turn {
+                log.turn();
+            }
+            turn
+        };
+        if turned {
+            state.other_half_free = false;
+        }
+        // Copied ahead of the sync, so that what these sectors speak of is durable when they are written.
+        let sectors = self.map.take_dirty();
+        self.written.store(false, Ordering::Release);
+        self.latching("sync", 0, self.storage.sync())?;
+        if !sectors.is_empty() {
+            for (offset, sector) in &sectors {
+                let written = self.storage.write_at(&[Readable::from_slice(sector)], *offset);
+                self.latching("write the cluster map of", *offset, written)?;
+            }
+            self.latching("sync", 0, self.storage.sync())?;
+        }
+        state.other_half_free = true;
+        Ok(())
+    }
+
+    /// Flushes and notes on disk that the delta was closed in good order. Nothing may be written afterwards.
+    pub fn close(&self) -> Result<(), Error> {
+        if self.lifetime == Lifetime::Ephemeral {
+            return Ok(());
+        }
+        self.flush()?;
+        self.write_session(Phase::Closed)?;
+        self.latching("sync", 0, self.storage.sync())
+    }
+
+    fn write_session(&self, phase: Phase) -> Result<(), Error> {
+        let generation = self.log.lock().expect("no holder of this lock panics").generation();
+        let session = match phase {
+            Phase::Open => self.session,
+            Phase::Closed => Session { phase, generation, ..self.session },
+        };
+        self.storage
+            .write_at(&[Readable::from_slice(&session.encode())], SESSION_AT)
+            .map_err(|source| self.io_error("write the session of", SESSION_AT, source))
+    }
+
+    fn check_latch(&self) -> Result<(), Error> {
+        if self.failed.load(Ordering::Acquire) { Err(Error::Latched { file: self.label.clone() }) } else { Ok(()) }
+    }
+
+    /// Latches when `result` is an error.
+    fn latching(&self, action: &'static str, offset: u64, result: std::io::Result<()>) -> Result<(), Error> {
+        result.map_err(|source| {
+            self.failed.store(true, Ordering::Release);
+            log::error!(
+                "{}: cannot {action} it, so no further write or flush will report success: {source}",
+                self.label
+            );
+            self.io_error(action, offset, source)
+        })
+    }
+
+    fn io_error(&self, action: &'static str, offset: u64, source: std::io::Error) -> Error {
+        Error::Io { action, file: self.label.clone(), offset, source }
+    }
+}
+
+/// Sets the states that a log speaks of.
+fn apply(map: &Map, marks: &[Mark], storage: &impl Storage, label: &str) -> Result<(), OpenError> {
+    for mark in marks {
+        for cluster in mark.first..mark.first + mark.count {
+            map.load(cluster, storage).map_err(|error| OpenError::from(map_error(error, label)))?;
+            map.set(cluster, mark.state());
+        }
+    }
+    Ok(())
+}
+
+fn map_error(error: LoadError, label: &str) -> Error {
+    let file = label.to_owned();
+    match error {
+        LoadError::Io { offset, source } => Error::Io { action: "read the cluster map of", file, offset, source },
+        LoadError::Fault { offset, fault } => Error::Corrupt { file, offset, fault },
+    }
+}
+
+/// Writes an empty delta to `storage`: a header, no session yet, and the length.
+pub fn format(storage: &impl Storage, header: &Header) -> std::io::Result<()> {
+    storage.set_len(header.layout.file_bytes())?;
+    storage.write_at(&[Readable::from_slice(&Session::NONE.encode())], SESSION_AT)?;
+    storage.write_at(&[Readable::from_slice(&header.encode())], HEADER_AT)?;
+    storage.sync()
+}

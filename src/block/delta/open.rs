@@ -1,0 +1,265 @@
+//! From a path to a delta: create, open, lock, and see that it is for the right base.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::block::digest::Digest;
+use crate::block::storage::{FileStorage, Storage};
+use crate::sys::buffers::Writable;
+use crate::sys::{file, process};
+use crate::units::{ByteCount, ClusterSize, is_whole_sectors};
+
+use super::header::{BaseIdentity, HEADER_AT, Header, HeaderFault, SESSION_AT, Sector, Session};
+use super::layout::{DISK_SECTOR_BYTES, Layout};
+
+/// Why a delta could not be created or opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file system refused.
+    #[error("cannot {action} {file} (offset {offset})")]
+    Io {
+        action: &'static str,
+        file: String,
+        offset: u64,
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a delta, or not one that this program can use.
+    #[error("{file} cannot be used as a delta")]
+    Header {
+        file: String,
+        #[source]
+        fault: HeaderFault,
+    },
+    /// Metadata beyond the header does not check out.
+    #[error(transparent)]
+    Volume(#[from] crate::block::Error),
+    /// Made on another base.
+    #[error(
+        "{file} was made on another base: it needs the image with digest {expected} ({}), and the given base has digest {found} ({}). \
+         A delta means nothing over any other image; give the one that it was made on, or create a new delta",
+        ByteCount(*.expected_bytes), ByteCount(*.found_bytes)
+    )]
+    OtherBase { file: String, expected: Digest, expected_bytes: u64, found: Digest, found_bytes: u64 },
+    /// Made over a base, and none is given.
+    #[error("{file} was made on a base, the image with digest {expected}: give that image with --base")]
+    NeedsBase { file: String, expected: Digest },
+    /// Made over nothing, and a base is given.
+    #[error("{file} is a blank volume's delta, made over no base: leave --base out and say --blank")]
+    NeedsBlank { file: String },
+    /// Another size than the one asked for.
+    #[error("{file} holds a volume of {} ({expected} bytes), and {} ({found} bytes) was asked for: leave the size out", ByteCount(*.expected), ByteCount(*.found))]
+    OtherSize { file: String, expected: u64, found: u64 },
+    /// A size that cannot be.
+    #[error("a volume of {bytes} bytes cannot be made: {expected}")]
+    Size { bytes: u64, expected: &'static str },
+    /// The volume would be smaller than its base.
+    #[error(
+        "a volume of {bytes} bytes would cut off the end of its base of {base_bytes} bytes: expected at least as many"
+    )]
+    SmallerThanBase { bytes: u64, base_bytes: u64 },
+    /// The file system has no files that long.
+    #[error("the file system of {file} cannot hold a file for a volume of {}: a smaller --size, or a file system with larger files such as XFS", ByteCount(*.bytes))]
+    TooLargeForFileSystem {
+        file: String,
+        bytes: u64,
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else has it open.
+    #[error("{file} is in use by {holder}: a delta has one writer")]
+    Locked { file: String, holder: Holder },
+}
+
+/// Who holds a delta's lock.
+#[derive(Debug)]
+pub struct Holder {
+    process: Option<u32>,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Some(process) = self.process else { return f.write_str("another process") };
+        let command = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        match command.trim_end() {
+            "" => write!(f, "process {process}"),
+            command => write!(f, "process {process} ({command})"),
+        }
+    }
+}
+
+/// What a new delta is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct NewDelta {
+    /// What it lies over, or `None` for a blank volume.
+    pub base: Option<BaseIdentity>,
+    /// Bytes of the volume; the base's own when `None`.
+    pub virtual_bytes: Option<u64>,
+    /// The copy-on-write unit.
+    pub cluster: ClusterSize,
+}
+
+impl NewDelta {
+    /// The header of such a delta, with a new UUID.
+    pub fn header(&self) -> Result<Header, OpenError> {
+        let base_bytes = self.base.map_or(0, |base| base.bytes);
+        let bytes = self.virtual_bytes.unwrap_or(base_bytes);
+        if !is_whole_sectors(bytes) || bytes == 0 {
+            return Err(OpenError::Size {
+                bytes,
+                expected: "the size has to be a multiple of 512, the sector, and not zero",
+            });
+        }
+        if bytes < base_bytes {
+            return Err(OpenError::SmallerThanBase { bytes, base_bytes });
+        }
+        let layout = Layout::new(self.cluster, bytes)
+            .ok_or(OpenError::Size { bytes, expected: "the size has to be at most 64 PiB" })?;
+        Ok(Header { layout, uuid: process::random_uuid(), base: self.base })
+    }
+}
+
+/// Creates a delta file at a path where there is none. The file and its name are durable when this returns; when it fails, there is no
+/// file.
+pub fn create(path: &Path, new: &NewDelta) -> Result<Header, OpenError> {
+    let header = new.header()?;
+    let io = |action| move |source| OpenError::Io { action, file: path.display().to_string(), offset: 0, source };
+    let created = options().create_new(true).open(path).map_err(io("create"))?;
+    let result = format(created, &path.display().to_string(), &header).and_then(|_| {
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        File::open(directory).and_then(|directory| directory.sync_all()).map_err(io("make durable the name of"))
+    });
+    if let Err(error) = result {
+        // Nothing is left of a creation that failed; that this fails too adds nothing to the error.
+        let _ = std::fs::remove_file(path);
+        return Err(error);
+    }
+    Ok(header)
+}
+
+/// Creates a delta that has no name, in `directory`.
+pub fn create_unnamed(directory: &Path, new: &NewDelta) -> Result<(File, Header), OpenError> {
+    let header = new.header()?;
+    let label = format!("{} (unnamed)", directory.display());
+    let file = file::open_unnamed(directory).map_err(|source| OpenError::Io {
+        action: "create a file without a name in",
+        file: directory.display().to_string(),
+        offset: 0,
+        source,
+    })?;
+    format(
+        file.try_clone().map_err(|source| OpenError::Io { action: "open", file: label.clone(), offset: 0, source })?,
+        &label,
+        &header,
+    )?;
+    Ok((file, header))
+}
+
+fn options() -> std::fs::OpenOptions {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = File::options();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
+fn format(file: File, label: &str, header: &Header) -> Result<(), OpenError> {
+    let file_bytes = header.layout.file_bytes();
+    file.set_len(file_bytes).map_err(|source| match source.raw_os_error() {
+        Some(libc::EFBIG | libc::EINVAL) => {
+            OpenError::TooLargeForFileSystem { file: label.to_owned(), bytes: header.layout.virtual_bytes(), source }
+        }
+        _ => OpenError::Io { action: "make room for", file: label.to_owned(), offset: file_bytes, source },
+    })?;
+    FileStorage::new(file).and_then(|storage| super::format(&storage, header)).map_err(|source| OpenError::Io {
+        action: "write",
+        file: label.to_owned(),
+        offset: 0,
+        source,
+    })
+}
+
+/// Opens the delta file at `path` for writing and takes its lock.
+pub fn open_locked(path: &Path) -> Result<(File, Header), OpenError> {
+    let label = path.display().to_string();
+    let io = |action| {
+        let file = label.clone();
+        move |source| OpenError::Io { action, file, offset: 0, source }
+    };
+    let file = options().open(path).map_err(io("open"))?;
+    if !file::try_lock(&file).map_err(io("lock"))? {
+        return Err(OpenError::Locked { file: label, holder: Holder { process: file::lock_holder(&file) } });
+    }
+    let header = read_header(&file, &label)?;
+    Ok((file, header))
+}
+
+/// Opens the delta file at `path` to look at it. Nothing is locked and nothing will be changed.
+pub fn open_to_look(path: &Path) -> Result<(File, Header), OpenError> {
+    let label = path.display().to_string();
+    let file =
+        File::open(path).map_err(|source| OpenError::Io { action: "open", file: label.clone(), offset: 0, source })?;
+    let header = read_header(&file, &label)?;
+    Ok((file, header))
+}
+
+/// Whether some process has the delta open for writing.
+pub fn is_locked(file: &File) -> io::Result<bool> {
+    // A lock taken for the moment of the question.
+    Ok(!file::try_lock(file)? || file.unlock().is_err())
+}
+
+/// Reads and checks the header of a delta.
+pub fn read_header(file: &File, label: &str) -> Result<Header, OpenError> {
+    let mut sector: Sector = [0; DISK_SECTOR_BYTES as usize];
+    file::read_at(file, Writable::from_mut_slice(&mut sector), HEADER_AT).map_err(|source| OpenError::Io {
+        action: "read",
+        file: label.to_owned(),
+        offset: HEADER_AT,
+        source,
+    })?;
+    Header::decode(&sector).map_err(|fault| OpenError::Header { file: label.to_owned(), fault })
+}
+
+/// Reads and checks what the last session of a delta left.
+pub fn read_session(storage: &impl Storage, label: &str) -> Result<Session, OpenError> {
+    let mut sector: Sector = [0; DISK_SECTOR_BYTES as usize];
+    storage.read_at(Writable::from_mut_slice(&mut sector), SESSION_AT).map_err(|source| OpenError::Io {
+        action: "read",
+        file: label.to_owned(),
+        offset: SESSION_AT,
+        source,
+    })?;
+    Session::decode(&sector).map_err(|fault| OpenError::Header { file: label.to_owned(), fault })
+}
+
+/// Sees that a delta with this header is for this base (`None`: a blank volume) and, when a size is asked for, of this size.
+pub fn check_matches(
+    header: &Header,
+    label: &str,
+    base: Option<BaseIdentity>,
+    virtual_bytes: Option<u64>,
+) -> Result<(), OpenError> {
+    let file = label.to_owned();
+    match (header.base, base) {
+        (Some(expected), Some(found)) if expected != found => Err(OpenError::OtherBase {
+            file,
+            expected: expected.digest,
+            expected_bytes: expected.bytes,
+            found: found.digest,
+            found_bytes: found.bytes,
+        }),
+        (Some(expected), None) => Err(OpenError::NeedsBase { file, expected: expected.digest }),
+        (None, Some(_)) => Err(OpenError::NeedsBlank { file }),
+        _ => match virtual_bytes {
+            Some(found) if found != header.layout.virtual_bytes() => {
+                Err(OpenError::OtherSize { file, expected: header.layout.virtual_bytes(), found })
+            }
+            _ => Ok(()),
+        },
+    }
+}

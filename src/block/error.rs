@@ -1,0 +1,32 @@
+//! [`Error`]: why a request to a volume failed.
+
+use std::io;
+
+/// Why a request to a volume failed. Whether it is the guest's fault, the file system's or the file's is what callers
+/// tell apart; the rest is for people.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file system refused: no space, an I/O error, the largest file size.
+    #[error("cannot {action} {file} at offset {offset}")]
+    Io {
+        action: &'static str,
+        file: String,
+        offset: u64,
+        #[source]
+        source: io::Error,
+    },
+    /// Metadata of the delta does not check out. Nothing was changed.
+    #[error(
+        "{file}: the cluster map at offset {offset} is corrupt: {fault}; 'pando delta check' tells what is affected"
+    )]
+    Corrupt { file: String, offset: u64, fault: super::delta::MapFault },
+    /// An earlier sync failed, so nobody knows what the disk holds: no further write or flush may report success.
+    #[error("{file}: refused, because an earlier sync failed; restart to go on from what the disk holds")]
+    Latched { file: String },
+    /// The volume has no delta to write to.
+    #[error("the volume is read-only")]
+    ReadOnly,
+    /// The range is not part of the volume.
+    #[error("bytes {offset} to {offset} + {len} lie outside the volume of {bytes} bytes")]
+    OutOfRange { offset: u64, len: u64, bytes: u64 },
+}

@@ -1,0 +1,80 @@
+//! [`Storage`]: the five verbs that a delta needs of the file below it, and [`FileStorage`], which has them of a file.
+//!
+//! Everything that a delta reads and writes passes here, so a simulated disk in place of the file sees every step.
+
+use std::fs::File;
+use std::io;
+
+use crate::sys::buffers::{Readable, Writable};
+use crate::sys::file;
+use crate::sys::mapping::FileMapping;
+
+/// A sparse file as a delta uses it. Called from many threads at once.
+///
+/// Until `sync` returns, a write may be lost by a power failure, in whole or in any of its 512-byte sectors, and writes
+/// may become durable in any order. A write that has returned is seen by every later read and survives the death of the process.
+pub trait Storage: Send + Sync {
+    /// Fills `into` with the bytes at `offset`. Holes, and what lies past the end, read as zeros.
+    fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()>;
+
+    /// Writes the buffers, one after another, at `offset`.
+    fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()>;
+
+    /// Turns `len` bytes at `offset` into a hole. The file's length stays.
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes the file `len` bytes long; what is new is a hole.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Makes everything durable that was written before the call.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A file, written by system call and read from a shared mapping of it.
+///
+/// Writes go by system call so that a full disk is an error code; reads of mapped bytes are copies without a system call.
+pub struct FileStorage {
+    file: File,
+    /// The file as it was long when opened.
+    mapping: FileMapping,
+}
+
+impl FileStorage {
+    /// Takes over `file`, which has to be open for reading and, unless it is only looked at, writing.
+    pub fn new(file: File) -> io::Result<FileStorage> {
+        let mapping = FileMapping::new(&file, file.metadata()?.len())?;
+        Ok(FileStorage { file, mapping })
+    }
+
+    /// The file itself.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Storage for FileStorage {
+    #[inline]
+    fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
+        let done = into.copy_from(self.mapping.readable(offset, into.len()));
+        if done < into.len() {
+            file::read_at(&self.file, into.part(done, usize::MAX), offset + done as u64)?;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()> {
+        file::write_at(&self.file, from, offset)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        file::punch_hole(&self.file, offset, len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}

@@ -1,0 +1,313 @@
+//! [`Volume`]: what a guest sees as one disk, the union of a base and a delta.
+//!
+//! Every read splits into runs of clusters that come from one place. A write to clusters that are all in the delta goes
+//! straight to the file, without exclusion. Any other write copies up: under the exclusion of its stretch, one write puts
+//! into the file the whole of each cluster that it touches, the guest's bytes between those of the base, and only then is
+//! the cluster marked. So two queues that write different sectors of one cluster both win, and a reader sees a cluster
+//! before or after, never between.
+
+use std::sync::Mutex;
+
+use smallvec::SmallVec;
+
+use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
+use crate::units::ClusterSize;
+
+use super::Error;
+use super::base::Base;
+use super::delta::layout::{CLUSTERS_PER_GROUP, CLUSTERS_PER_STRETCH};
+use super::delta::{Delta, Marks, State};
+use super::storage::{FileStorage, Storage};
+
+/// Exclusions among writers. More than queues, so that two rarely meet by chance.
+const EXCLUSIONS: usize = 64;
+
+/// A disk. Shared by all queue threads.
+pub struct Volume<S = FileStorage> {
+    base: Base,
+    delta: Option<Delta<S>>,
+    bytes: u64,
+    /// The exclusion of stretch `s` is number `s % EXCLUSIONS`. One at a time is held.
+    exclusions: [Mutex<()>; EXCLUSIONS],
+}
+
+/// What the requests of one batch have in common until they complete: each queue has one and uses it again and again.
+#[derive(Default)]
+pub struct Batch {
+    marks: Marks,
+}
+
+/// Buffers of one piece of a request; more than these are rare and cost an allocation.
+type Pieces<'m> = SmallVec<[Readable<'m>; 32]>;
+
+/// Where a run of bytes comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Base,
+    Delta,
+    Zero,
+}
+
+impl<S: Storage> Volume<S> {
+    /// A volume of a base and a delta over it.
+    pub fn cow(base: Base, delta: Delta<S>) -> Volume<S> {
+        let bytes = delta.layout().virtual_bytes();
+        Volume { base, delta: Some(delta), bytes, exclusions: [const { Mutex::new(()) }; EXCLUSIONS] }
+    }
+
+    /// A volume of a base alone, which refuses writes.
+    pub fn read_only(base: Base) -> Volume<S> {
+        let bytes = base.bytes();
+        Volume { base, delta: None, bytes, exclusions: [const { Mutex::new(()) }; EXCLUSIONS] }
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.delta.is_none()
+    }
+
+    /// The size of a cluster; what is discarded at less than that stays as it is.
+    pub fn cluster(&self) -> ClusterSize {
+        self.delta.as_ref().map_or(ClusterSize::DEFAULT, |delta| delta.layout().cluster())
+    }
+
+    /// Reads the bytes at `offset` into `into`, one buffer after another.
+    pub fn read(&self, offset: u64, into: &[Writable<'_>]) -> Result<(), Error> {
+        self.check_range(offset, total_len_writable(into))?;
+        let mut at = offset;
+        for buffer in into {
+            let mut done = 0;
+            while done < buffer.len() {
+                let (source, len) = self.run_at(at, (buffer.len() - done) as u64)?;
+                let part = buffer.part(done, len as usize);
+                match (source, &self.delta) {
+                    (Source::Delta, Some(delta)) => delta.read(part, at)?,
+                    (Source::Zero, _) => part.fill_zero(),
+                    (Source::Base | Source::Delta, _) => self.base.read(part, at),
+                }
+                done += len as usize;
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the byte at `offset` comes from, and how many of the `len` bytes from there on come from the same place and
+    /// lie together in it.
+    #[inline]
+    fn run_at(&self, offset: u64, len: u64) -> Result<(Source, u64), Error> {
+        let Some(delta) = &self.delta else { return Ok((Source::Base, len)) };
+        let cluster = delta.layout().cluster();
+        let first = cluster.containing(offset);
+        delta.load(first)?;
+        let source = source_of(delta.state(first));
+        let limit = cluster.containing(offset + len - 1).min(first | (CLUSTERS_PER_STRETCH - 1));
+        let mut last = first;
+        while last < limit && source_of(delta.state(last + 1)) == source {
+            last += 1;
+        }
+        Ok((source, len.min(cluster.start_of(last + 1) - offset)))
+    }
+
+    /// Writes the buffers, one after another, at `offset`. The write is complete once `batch` is committed.
+    pub fn write(&self, offset: u64, from: &[Readable<'_>], batch: &mut Batch) -> Result<(), Error> {
+        let Some(delta) = &self.delta else { return Err(Error::ReadOnly) };
+        let len = total_len_readable(from);
+        self.check_range(offset, len)?;
+        let stretch_bytes = CLUSTERS_PER_STRETCH * delta.layout().cluster().bytes();
+        if offset / stretch_bytes == (offset + len).saturating_sub(1) / stretch_bytes {
+            return if len == 0 { Ok(()) } else { self.write_in_stretch(delta, offset, len, from, batch) };
+        }
+        let (mut at, end) = (offset, offset + len);
+        let mut rest = from.iter().copied();
+        let mut current = Readable::zeros(0);
+        while at < end {
+            let piece_end = (at / stretch_bytes + 1).saturating_mul(stretch_bytes).min(end);
+            let mut pieces = Pieces::new();
+            let mut missing = (piece_end - at) as usize;
+            while missing > 0 {
+                if current.is_empty() {
+                    // There is a next one: the buffers are as long as the range that is split here.
+                    let Some(next) = rest.next() else { break };
+                    current = next;
+                }
+                let piece = current.part(0, missing);
+                current = current.part(piece.len(), usize::MAX);
+                missing -= piece.len();
+                pieces.push(piece);
+            }
+            self.write_in_stretch(delta, at, piece_end - at, &pieces, batch)?;
+            at = piece_end;
+        }
+        Ok(())
+    }
+
+    fn write_in_stretch(
+        &self,
+        delta: &Delta<S>,
+        offset: u64,
+        len: u64,
+        from: &[Readable<'_>],
+        batch: &mut Batch,
+    ) -> Result<(), Error> {
+        let cluster = delta.layout().cluster();
+        let (first, last) = (cluster.containing(offset), cluster.containing(offset + len - 1));
+        delta.load(first)?;
+        if (first..=last).all(|cluster| delta.state(cluster) == State::Delta) {
+            return delta.write(from, offset);
+        }
+        let _exclusive = self.exclude(first);
+        let (ahead, behind) = (cluster.offset_within(offset), cluster.start_of(last + 1) - (offset + len));
+        let (fill_ahead, fill_behind) =
+            (ahead > 0 && !is_held(delta.state(first)), behind > 0 && !is_held(delta.state(last)));
+        if fill_ahead || fill_behind {
+            let mut pieces = Pieces::new();
+            if fill_ahead {
+                pieces.extend(self.below(delta.state(first), offset - ahead, ahead));
+            }
+            pieces.extend(from.iter().copied());
+            if fill_behind {
+                pieces.extend(self.below(delta.state(last), offset + len, behind));
+            }
+            delta.write(&pieces, if fill_ahead { offset - ahead } else { offset })?;
+        } else {
+            delta.write(from, offset)?;
+        }
+        (first..=last).for_each(|cluster| delta.mark(cluster, &mut batch.marks));
+        Ok(())
+    }
+
+    /// What a cluster that is not in the delta reads as, for `len` bytes of it at `offset`.
+    fn below(&self, state: State, offset: u64, len: u64) -> [Readable<'_>; 2] {
+        match state {
+            State::Base => self.base.parts(offset, len as usize),
+            _ => [Readable::zeros(0), Readable::zeros(len as usize)],
+        }
+    }
+
+    /// Takes the exclusion of a cluster's stretch.
+    fn exclude(&self, cluster: u64) -> std::sync::MutexGuard<'_, ()> {
+        let stretch = (cluster / CLUSTERS_PER_STRETCH) as usize;
+        self.exclusions[stretch % EXCLUSIONS].lock().expect("no holder of this lock panics")
+    }
+
+    /// Makes `len` bytes at `offset` zero; with `give_back`, whole clusters also give their space back.
+    /// The change is complete once `batch` is committed.
+    pub fn write_zeroes(&self, offset: u64, len: u64, give_back: bool, batch: &mut Batch) -> Result<(), Error> {
+        let Some(delta) = &self.delta else { return Err(Error::ReadOnly) };
+        self.check_range(offset, len)?;
+        let (inner_start, inner_end) = self.whole_clusters(delta, offset, len);
+        if inner_start >= inner_end {
+            return self.zero_edge(delta, offset, offset + len, batch);
+        }
+        self.zero_edge(delta, offset, inner_start, batch)?;
+        self.zero_clusters(delta, inner_start, inner_end, give_back)?;
+        self.zero_edge(delta, inner_end.min(offset + len), offset + len, batch)
+    }
+
+    /// Makes the whole clusters among `len` bytes at `offset` zero and gives their space back. The rest stays as it is.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
+        let Some(delta) = &self.delta else { return Err(Error::ReadOnly) };
+        self.check_range(offset, len)?;
+        let (start, end) = self.whole_clusters(delta, offset, len);
+        if start >= end { Ok(()) } else { self.zero_clusters(delta, start, end, true) }
+    }
+
+    /// The range of whole clusters within a range. The volume's last cluster is whole where the volume ends.
+    fn whole_clusters(&self, delta: &Delta<S>, offset: u64, len: u64) -> (u64, u64) {
+        let cluster = delta.layout().cluster();
+        let start = cluster.start_of(cluster.count_for(offset));
+        let end = offset + len;
+        let end = if end == self.bytes { cluster.count_for(end) } else { cluster.containing(end) };
+        (start, cluster.start_of(end))
+    }
+
+    fn zero_clusters(&self, delta: &Delta<S>, start: u64, end: u64, give_back: bool) -> Result<(), Error> {
+        let cluster = delta.layout().cluster();
+        let (mut first, end) = (cluster.containing(start), cluster.containing(end));
+        // From here on the base has nothing, so that a cluster that is not held is zero without a mark.
+        let below_end = cluster.count_for(self.base.bytes());
+        while first < end {
+            let stop = end.min((first | (CLUSTERS_PER_STRETCH - 1)) + 1);
+            delta.load(first)?;
+            let is_zero = |cluster: u64| match delta.state(cluster) {
+                State::Zero => true,
+                State::Base => cluster >= below_end,
+                State::Delta | State::Fresh => false,
+            };
+            let exclusive = self.exclude(first);
+            if !(first..stop).all(is_zero) {
+                delta.zero(first, stop - first, give_back)?;
+            }
+            drop(exclusive);
+            first = stop;
+        }
+        Ok(())
+    }
+
+    /// Makes part of one cluster zero.
+    fn zero_edge(&self, delta: &Delta<S>, start: u64, end: u64, batch: &mut Batch) -> Result<(), Error> {
+        // A range within two clusters, neither of them whole, is two edges.
+        let cluster = delta.layout().cluster();
+        let mut at = start;
+        while at < end {
+            let stop = end.min(cluster.start_of(cluster.containing(at) + 1));
+            delta.load(cluster.containing(at))?;
+            let is_zero = match delta.state(cluster.containing(at)) {
+                State::Zero => true,
+                State::Base => at >= self.base.bytes(),
+                State::Delta | State::Fresh => false,
+            };
+            if !is_zero {
+                self.write(at, &[Readable::zeros((stop - at) as usize)], batch)?;
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Makes the writes of a batch safe from the death of the process. When this fails, none of them may be reported as complete.
+    pub fn commit(&self, batch: &mut Batch) -> Result<(), Error> {
+        match &self.delta {
+            Some(delta) => delta.commit(&mut batch.marks),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes durable everything that was written and committed before the call.
+    pub fn flush(&self) -> Result<(), Error> {
+        self.delta.as_ref().map_or(Ok(()), Delta::flush)
+    }
+
+    /// Flushes, and notes that the delta was closed in good order. Nothing may be written afterwards.
+    pub fn close(&self) -> Result<(), Error> {
+        self.delta.as_ref().map_or(Ok(()), Delta::close)
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), Error> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.bytes => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, bytes: self.bytes }),
+        }
+    }
+}
+
+const _: () = assert!(CLUSTERS_PER_STRETCH.is_power_of_two());
+const _: () = assert!(CLUSTERS_PER_GROUP.is_multiple_of(CLUSTERS_PER_STRETCH), "a run within a stretch lies together");
+
+fn source_of(state: State) -> Source {
+    match state {
+        State::Base => Source::Base,
+        State::Delta | State::Fresh => Source::Delta,
+        State::Zero => Source::Zero,
+    }
+}
+
+fn is_held(state: State) -> bool {
+    matches!(state, State::Delta | State::Fresh)
+}

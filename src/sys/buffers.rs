@@ -1,0 +1,140 @@
+//! Pieces of memory that bytes are moved between: [`Readable`] and [`Writable`].
+//!
+//! The memory may be shared with a guest, a front end or the page cache, so it can change at any time: nothing here
+//! gives out a Rust reference to it, only copies. Both types have the layout of the kernel's `iovec`, so a slice of
+//! them goes to `preadv` and `pwritev` as it is.
+
+use std::marker::PhantomData;
+
+/// Memory that may be read, for as long as `'m`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Readable<'m> {
+    raw: libc::iovec,
+    memory: PhantomData<&'m ()>,
+}
+
+/// Memory that may be written, for as long as `'m`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Writable<'m> {
+    raw: libc::iovec,
+    memory: PhantomData<&'m ()>,
+}
+
+// SAFETY: an address and a length; the memory behind them is only ever copied from or to, by code that expects others
+// to change it meanwhile, so which thread does it makes no difference.
+unsafe impl Send for Readable<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Readable<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Writable<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Writable<'_> {}
+
+static ZEROS: [u8; crate::units::ClusterSize::BYTES_MAX as usize] = [0; crate::units::ClusterSize::BYTES_MAX as usize];
+
+impl<'m> Readable<'m> {
+    /// # Safety
+    /// `address..address + len` is mapped readable for `'m`.
+    pub(super) unsafe fn new(address: *const u8, len: usize) -> Readable<'m> {
+        Readable { raw: libc::iovec { iov_base: address as *mut _, iov_len: len }, memory: PhantomData }
+    }
+
+    /// The bytes of a slice.
+    pub fn from_slice(bytes: &'m [u8]) -> Readable<'m> {
+        // SAFETY: a slice is readable for its lifetime.
+        unsafe { Readable::new(bytes.as_ptr(), bytes.len()) }
+    }
+
+    /// `len` zero bytes, at most one of the largest clusters.
+    pub fn zeros(len: usize) -> Readable<'static> {
+        Readable::from_slice(&ZEROS[..len])
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.raw.iov_len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes from `start` (at most the length), `len` of them at most.
+    pub fn part(&self, start: usize, len: usize) -> Readable<'m> {
+        let start = start.min(self.len());
+        // SAFETY: `start` is at most the length, so this stays within (or at the end of) the same memory.
+        unsafe { Readable::new(self.raw.iov_base.cast::<u8>().add(start), len.min(self.len() - start)) }
+    }
+
+    /// Copies the first bytes into `to`, as many as both have, and says how many.
+    pub fn copy_to_slice(&self, to: &mut [u8]) -> usize {
+        let len = self.len().min(to.len());
+        // SAFETY: both sides are valid for `len`; `to` is ours alone, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(self.raw.iov_base.cast::<u8>(), to.as_mut_ptr(), len) };
+        len
+    }
+}
+
+impl<'m> Writable<'m> {
+    /// # Safety
+    /// `address..address + len` is mapped writable for `'m`, and no Rust reference to it is live.
+    pub(super) unsafe fn new(address: *mut u8, len: usize) -> Writable<'m> {
+        Writable { raw: libc::iovec { iov_base: address.cast(), iov_len: len }, memory: PhantomData }
+    }
+
+    /// The bytes of a slice that nobody else sees.
+    pub fn from_mut_slice(bytes: &'m mut [u8]) -> Writable<'m> {
+        // SAFETY: a unique borrow is writable for its lifetime, and kept for as long.
+        unsafe { Writable::new(bytes.as_mut_ptr(), bytes.len()) }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.raw.iov_len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes from `start` (at most the length), `len` of them at most.
+    pub fn part(&self, start: usize, len: usize) -> Writable<'m> {
+        let start = start.min(self.len());
+        // SAFETY: `start` is at most the length, so this stays within (or at the end of) the same memory.
+        unsafe { Writable::new(self.raw.iov_base.cast::<u8>().add(start), len.min(self.len() - start)) }
+    }
+
+    /// Copies as many bytes as both have, and says how many.
+    pub fn copy_from(&self, from: Readable<'_>) -> usize {
+        let len = self.len().min(from.len());
+        // SAFETY: both sides are valid for `len`. A `Writable` is guest memory or a unique borrow and a `Readable` a file
+        // mapping or a borrow, so that the address ranges do not overlap; `copy` would cost nothing less to be sure of.
+        unsafe { std::ptr::copy(from.raw.iov_base.cast::<u8>(), self.raw.iov_base.cast::<u8>(), len) };
+        len
+    }
+
+    /// Copies the first bytes of `from` in, as many as both have, and says how many.
+    pub fn copy_from_slice(&self, from: &[u8]) -> usize {
+        self.copy_from(Readable::from_slice(from))
+    }
+
+    /// Writes zeros to all of it.
+    pub fn fill_zero(&self) {
+        // SAFETY: valid for writing for the whole length.
+        unsafe { std::ptr::write_bytes(self.raw.iov_base.cast::<u8>(), 0, self.len()) };
+    }
+}
+
+/// The total length of some buffers, in bytes.
+pub fn total_len_readable(buffers: &[Readable<'_>]) -> u64 {
+    buffers.iter().map(|buffer| buffer.len() as u64).sum()
+}
+
+/// The total length of some buffers, in bytes.
+pub fn total_len_writable(buffers: &[Writable<'_>]) -> u64 {
+    buffers.iter().map(|buffer| buffer.len() as u64).sum()
+}

@@ -1,0 +1,189 @@
+//! The verbs of a file that the standard library lacks: vectored positional I/O, holes, extents, locks.
+//!
+//! Each does all of what was asked or returns the error of the kernel; a short count never gets out.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
+
+use super::buffers::{Readable, Writable};
+
+/// As many buffers as one system call takes.
+const BUFFERS_MAX: usize = libc::UIO_MAXIOV as usize;
+
+/// Reads the bytes at `offset` into `into`, all of it; what lies past the end of the file reads as zeros.
+pub fn read_at(file: &File, into: Writable<'_>, offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < into.len() {
+        let rest = into.part(done, usize::MAX);
+        // SAFETY: one `Writable`, laid out as an iovec and writable for its length.
+        let count = unsafe { libc::preadv(file.as_raw_fd(), (&raw const rest).cast(), 1, to_off(offset, done)?) };
+        match count {
+            0 => {
+                rest.fill_zero();
+                return Ok(());
+            }
+            count if count > 0 => done += count as usize,
+            _ => retry_interrupted()?,
+        }
+    }
+    Ok(())
+}
+
+/// Writes the bytes of `from`, one buffer after another, at `offset`.
+pub fn write_at(file: &File, from: &[Readable<'_>], mut offset: u64) -> io::Result<()> {
+    for mut from in from.chunks(BUFFERS_MAX) {
+        // How much of the first buffer a short write has already taken.
+        let mut taken = 0;
+        while let Some(first) = from.first() {
+            if taken == first.len() {
+                from = &from[1..];
+                taken = 0;
+                continue;
+            }
+            let at = to_off(offset, 0)?;
+            let count = if taken == 0 {
+                pwritev(file.as_raw_fd(), from, at)
+            } else {
+                pwritev(file.as_raw_fd(), std::slice::from_ref(&first.part(taken, usize::MAX)), at)
+            };
+            let mut count = match count {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count if count > 0 => count as usize,
+                _ => {
+                    retry_interrupted()?;
+                    continue;
+                }
+            };
+            offset += count as u64;
+            count += taken;
+            while let Some(first) = from.first().filter(|first| first.len() <= count) {
+                count -= first.len();
+                from = &from[1..];
+            }
+            taken = count;
+        }
+    }
+    Ok(())
+}
+
+fn pwritev(fd: RawFd, from: &[Readable<'_>], offset: libc::off_t) -> isize {
+    // SAFETY: a slice of `Readable`, each laid out as an iovec and readable for its length; at most `BUFFERS_MAX`.
+    unsafe { libc::pwritev(fd, from.as_ptr().cast(), from.len() as i32, offset) }
+}
+
+fn to_off(offset: u64, further: usize) -> io::Result<libc::off_t> {
+    offset
+        .checked_add(further as u64)
+        .and_then(|offset| libc::off_t::try_from(offset).ok())
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))
+}
+
+/// Nothing when the last call was only interrupted, its error when not.
+fn retry_interrupted() -> io::Result<()> {
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// Gives the space of `len` bytes at `offset` back; they read as zeros afterwards. The length of the file stays.
+pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let (offset, len) = (to_off(offset, 0)?, to_off(len, 0)?);
+    loop {
+        // SAFETY: takes no pointers.
+        let result = unsafe {
+            libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+        };
+        if result == 0 {
+            return Ok(());
+        }
+        retry_interrupted()?;
+    }
+}
+
+/// The next range at or after `from` for which the file system holds data, or `None` when there is no more.
+/// A file system that cannot tell reports the whole file as data.
+pub fn next_data(file: &File, from: u64) -> io::Result<Option<Range<u64>>> {
+    let Some(start) = seek(file, from, libc::SEEK_DATA)? else { return Ok(None) };
+    let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(start);
+    Ok((end > start).then_some(start..end))
+}
+
+fn seek(file: &File, from: u64, whence: i32) -> io::Result<Option<u64>> {
+    // SAFETY: takes no pointers. It moves the file's own offset, which nothing here uses: all I/O is positional.
+    let at = unsafe { libc::lseek(file.as_raw_fd(), to_off(from, 0)?, whence) };
+    match u64::try_from(at) {
+        Ok(at) => Ok(Some(at)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+/// Takes the exclusive lock of an open file (`flock`), which is held until the last descriptor of this opening is
+/// closed, in whichever process. `false` when another opening holds it.
+pub fn try_lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(std::fs::TryLockError::WouldBlock) => Ok(false),
+        Err(std::fs::TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// The process that took the lock of the file with this device and inode, as the kernel lists it, if it does.
+pub fn lock_holder(file: &File) -> Option<u32> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = file.metadata().ok()?;
+    let device = metadata.dev();
+    let wanted = format!("{:02x}:{:02x}:{}", libc::major(device), libc::minor(device), metadata.ino());
+    // Each line: "1: FLOCK  ADVISORY  WRITE 714 08:01:393 0 EOF"
+    std::fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let kind = fields.next()?;
+        let process = fields.nth(2)?;
+        (kind == "FLOCK" && fields.next()? == wanted).then(|| process.parse().ok())?
+    })
+}
+
+/// Opens a file that has no name in `directory` and is gone when its last descriptor is closed.
+pub fn open_unnamed(directory: &std::path::Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    File::options().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectored_writes_land_one_after_another() {
+        let file = tempfile::tempfile().unwrap();
+        let parts: Vec<Vec<u8>> = (0..3000usize).map(|i| vec![i as u8; i % 7]).collect();
+        let buffers: Vec<Readable> = parts.iter().map(|part| Readable::from_slice(part)).collect();
+        write_at(&file, &buffers, 13).unwrap();
+        let expected = parts.concat();
+        let mut found = vec![1; expected.len() + 5];
+        read_at(&file, Writable::from_mut_slice(&mut found), 13).unwrap();
+        assert_eq!(found[..expected.len()], expected);
+        assert_eq!(found[expected.len()..], [0; 5], "past the end are zeros");
+    }
+
+    #[test]
+    fn offsets_past_the_largest_file_are_errors() {
+        let file = tempfile::tempfile().unwrap();
+        let error = write_at(&file, &[Readable::from_slice(b"x")], u64::MAX).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    }
+
+    #[test]
+    fn a_lock_names_its_holder() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(try_lock(file.as_file()).unwrap());
+        let second = File::open(file.path()).unwrap();
+        assert!(!try_lock(&second).unwrap());
+        assert_eq!(lock_holder(&second), Some(std::process::id()));
+    }
+}

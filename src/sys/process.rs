@@ -1,0 +1,80 @@
+//! Processes and signals: the worker as a child, the requests to stop, the identity of this boot.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+/// Starts this very program again, with `argument` alone and `standard_input` as its descriptor 0.
+pub fn execute_self(argument: &str, standard_input: OwnedFd) -> io::Result<Child> {
+    Command::new("/proc/self/exe").arg(argument).stdin(Stdio::from(standard_input)).spawn()
+}
+
+/// Descriptor 0 as this process's own.
+pub fn take_standard_input() -> io::Result<OwnedFd> {
+    let descriptor = io::stdin().as_fd().try_clone_to_owned()?;
+    // So that nothing holds the other copy: descriptor 0 becomes /dev/null.
+    let null = File::open("/dev/null")?;
+    // SAFETY: both are open; descriptor 0 is replaced in one step.
+    if unsafe { libc::dup2(null.as_raw_fd(), 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(descriptor)
+}
+
+/// Closes every descriptor but the first three.
+///
+/// To be called first thing in a process, while it owns none: whoever started it may have left some open.
+pub fn close_inherited() -> io::Result<()> {
+    // SAFETY: nothing in this process owns a descriptor above 2 yet, by this function's condition.
+    match unsafe { libc::close_range(3, u32::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The signals that ask a process to stop (SIGTERM, SIGINT), held back and readable.
+///
+/// Threads and programs started afterwards hold them back too.
+pub struct StopSignals {
+    descriptor: File,
+}
+
+impl StopSignals {
+    /// Holds the signals back from now on.
+    pub fn hold() -> io::Result<StopSignals> {
+        // SAFETY: all-zero bytes are a valid signal set, and the calls below only fill it and read it.
+        let descriptor = unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, libc::SIGTERM);
+            libc::sigaddset(&raw mut set, libc::SIGINT);
+            if libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+        };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call succeeded, so it is an open descriptor that nobody else owns.
+        Ok(StopSignals { descriptor: unsafe { File::from_raw_fd(descriptor) } })
+    }
+}
+
+impl AsFd for StopSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+/// An identity of this boot of the host's kernel: what the page cache held is lost once it changes.
+pub fn boot_id() -> io::Result<[u8; 16]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    uuid::Uuid::parse_str(text.trim()).map(uuid::Uuid::into_bytes).map_err(io::Error::other)
+}
+
+/// Gives a number that nobody else's delta has.
+pub fn random_uuid() -> [u8; 16] {
+    uuid::Uuid::new_v4().into_bytes()
+}

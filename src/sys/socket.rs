@@ -1,0 +1,185 @@
+//! Sockets that carry descriptors: the packet socket between keeper and worker, and looks at a front end's stream.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixDatagram;
+
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// As many descriptors as one packet may carry (the kernel's `SCM_MAX_FD`).
+pub const DESCRIPTORS_MAX: usize = 253;
+
+/// One end of a connected socket that keeps packets apart, and tells when the other end is gone.
+pub struct PacketSocket {
+    // The standard library has no type for SOCK_SEQPACKET; a datagram socket has the same calls.
+    socket: UnixDatagram,
+}
+
+/// A packet as received.
+pub struct Packet {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// The descriptors, closed on exec.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl PacketSocket {
+    /// Two connected ends, both closed on exec.
+    pub fn pair() -> io::Result<(PacketSocket, PacketSocket)> {
+        let mut ends = [-1; 2];
+        // SAFETY: `ends` has room for the two descriptors that the call writes.
+        if unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) }
+            != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call succeeded, so both are open descriptors that nobody else owns.
+        let [one, other] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
+        Ok((PacketSocket::from(one), PacketSocket::from(other)))
+    }
+
+    /// Sends one packet.
+    pub fn send(&self, bytes: &[u8], descriptors: &[RawFd]) -> io::Result<()> {
+        match self.socket.send_with_fds(&[bytes], descriptors) {
+            Ok(sent) if sent == bytes.len() => Ok(()),
+            Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for a packet of at most `bytes_max` bytes; `None` when the other end is closed.
+    pub fn receive(&self, bytes_max: usize) -> io::Result<Option<Packet>> {
+        // One byte more, to see that a packet was longer.
+        let mut bytes = vec![0; bytes_max + 1];
+        let mut raw = [-1; DESCRIPTORS_MAX];
+        let (len, count) = loop {
+            let mut buffer = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+            // SAFETY: the one buffer is ours and as long as it says.
+            match unsafe { self.socket.recv_with_fds(&mut buffer, &mut raw) } {
+                Err(error) if error.errno() == libc::EINTR => {}
+                other => break other?,
+            }
+        };
+        // SAFETY: the kernel has just made these for us, and nobody else owns them.
+        let descriptors: Vec<OwnedFd> = raw[..count].iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }).collect();
+        for descriptor in &descriptors {
+            set_close_on_exec(descriptor)?;
+        }
+        if len == 0 {
+            return Ok(None);
+        }
+        if len > bytes_max {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a packet of more than {bytes_max} bytes")));
+        }
+        bytes.truncate(len);
+        Ok(Some(Packet { bytes, descriptors }))
+    }
+}
+
+impl From<OwnedFd> for PacketSocket {
+    fn from(descriptor: OwnedFd) -> PacketSocket {
+        PacketSocket { socket: descriptor.into() }
+    }
+}
+
+impl From<PacketSocket> for OwnedFd {
+    fn from(socket: PacketSocket) -> OwnedFd {
+        socket.socket.into()
+    }
+}
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Sees to it that a program executed later does not get this descriptor.
+pub fn set_close_on_exec(descriptor: &impl AsFd) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    match unsafe { libc::fcntl(descriptor.as_fd().as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Takes over a descriptor that this process was started with.
+///
+/// # Errors
+/// When no descriptor with that number is open, or the number belongs to standard input, output or error.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes no pointers, and fails when the descriptor is not open.
+    if number <= libc::STDERR_FILENO || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: open, and named on the command line for us to own; the callers take each number once, before anything
+    // else is opened.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    set_close_on_exec(&descriptor)?;
+    Ok(descriptor)
+}
+
+/// What kind of socket a descriptor is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SocketKind {
+    /// Connections are to be accepted from it.
+    Listening,
+    /// It is a connection.
+    Connected,
+}
+
+/// Tells a listening stream socket from a connected one; an error when it is neither.
+pub fn socket_kind(descriptor: &impl AsFd) -> io::Result<SocketKind> {
+    if option(descriptor, libc::SO_TYPE)? != libc::SOCK_STREAM {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a stream socket"));
+    }
+    Ok(if option(descriptor, libc::SO_ACCEPTCONN)? != 0 { SocketKind::Listening } else { SocketKind::Connected })
+}
+
+fn option(descriptor: &impl AsFd, name: i32) -> io::Result<i32> {
+    let mut value = 0;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    let fd = descriptor.as_fd().as_raw_fd();
+    // SAFETY: `value` and `len` are ours and describe each other.
+    match unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) } {
+        0 => Ok(value),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Copies up to `to.len()` bytes that wait in a stream, without taking them, and says how many; 0 at its end.
+/// Never waits: when nothing is there yet, the error is of kind `WouldBlock`.
+pub fn peek(stream: &impl AsFd, to: &mut [u8]) -> io::Result<usize> {
+    let fd = stream.as_fd().as_raw_fd();
+    // SAFETY: `to` is ours and as long as we say.
+    let len = unsafe { libc::recv(fd, to.as_mut_ptr().cast(), to.len(), libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+}
+
+/// How many bytes wait in a stream.
+pub fn bytes_waiting(stream: &impl AsFd) -> io::Result<usize> {
+    let mut count: i32 = 0;
+    // SAFETY: FIONREAD writes one int.
+    match unsafe { libc::ioctl(stream.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut count) } {
+        0 => Ok(count.max(0) as usize),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Waits until one of the descriptors can be read or is at its end, at most `timeout_ms` (-1: without limit), and says which.
+pub fn wait_readable<const N: usize>(
+    descriptors: [std::os::fd::BorrowedFd<'_>; N],
+    timeout_ms: i32,
+) -> io::Result<[bool; N]> {
+    let mut polled = descriptors.map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+    loop {
+        // SAFETY: `polled` is ours and has N entries.
+        if unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, timeout_ms) } >= 0 {
+            return Ok(polled.map(|entry| entry.revents != 0));
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! `pando serve` as a user starts it: one volume on one socket.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::process::{Process, wait_until};
+
+/// Generous: the first start on an image also computes its digest, on a machine that is busy.
+const START_LIMIT: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+pub struct Backend {
+    process: Process,
+    socket: PathBuf,
+}
+
+impl Backend {
+    /// Serves the volume that `args` describe on a socket in `dir`.
+    pub fn start(dir: &Path, name: &str, args: &[&str]) -> Self {
+        let socket = dir.join(format!("{name}.sock"));
+        let mut line = vec!["serve".to_owned()];
+        line.extend(args.iter().map(|&arg| arg.to_owned()));
+        line.extend(["--socket-path".to_owned(), socket.display().to_string()]);
+        let log = dir.join(format!("{name}.log"));
+        let mut process = Process::start(&format!("backend {name}"), env!("CARGO_BIN_EXE_pando"), &line, log);
+        wait_until("the backend to listen", START_LIMIT, || {
+            process.assert_running();
+            listens(&socket)
+        });
+        Self { process, socket }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// SIGTERM: has to end well, and leave no socket behind that nobody serves.
+    pub fn stop(mut self) {
+        self.process.assert_running();
+        self.process.terminate();
+        let status = self.process.wait(STOP_LIMIT);
+        assert!(status.success(), "the backend ended with {status}");
+    }
+}
+
+/// Whether someone listens on a socket, without the connection that would disturb him.
+fn listens(socket: &Path) -> bool {
+    const ACCEPTS_CONNECTIONS: &str = "00010000";
+    let sockets = fs::read_to_string("/proc/net/unix").expect("Linux lists its sockets");
+    sockets.lines().any(|line| {
+        let mut words = line.split_ascii_whitespace();
+        words.nth(3) == Some(ACCEPTS_CONNECTIONS) && words.nth(3).is_some_and(|path| Path::new(path) == socket)
+    })
+}
+
+/// Runs `pando` to its end and gives what it printed.
+pub fn pando(args: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_pando")).args(args).output().expect("pando starts");
+    assert!(output.status.success(), "pando {args:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("pando prints text")
+}

@@ -1,0 +1,15 @@
+//! Real guests: QEMU boots operating systems from volumes that `pando serve` serves.
+//!
+//! Owns what only a guest's own kernel, file system and firmware can show. Knows pando by its two
+//! programs' command lines alone, as a VMM or a shell script does. The tiny guest (busybox) serves
+//! the short cases, Debian the long ones; both run a script of the test's and say on their serial
+//! console what they saw (`tools/guest/build` tells how).
+//!
+//! Invariant: nothing that a test starts outlives it, and nothing waits without a limit.
+
+mod backend;
+mod boots;
+mod disks;
+mod material;
+mod process;
+mod vm;

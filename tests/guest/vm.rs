@@ -1,0 +1,194 @@
+//! One virtual machine: QEMU, the disks that backends serve to it, and what it says.
+//!
+//! Knows nothing of what is behind a disk's socket. A guest runs a script and frames the script's
+//! output on its serial console; a script that wants to be heard says `say KEY VALUE...`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::backend::Backend;
+use crate::material;
+use crate::process::{Process, wait_until};
+
+/// What every script starts with: words for the host, and an end at the first thing that fails.
+const PRELUDE: &str = r#"set -eu
+say() { echo "@@ $*"; }
+"#;
+
+/// A script that ends with this asks its guest to reboot, and is run again after it.
+pub const REBOOT: u32 = 100;
+
+#[derive(Clone, Copy)]
+pub enum Guest {
+    Tiny,
+    Debian,
+    /// Debian by way of the firmware and the boot loader and kernel in the image.
+    DebianByFirmware,
+}
+
+impl Guest {
+    fn memory_mib(self) -> u32 {
+        match self {
+            Guest::Tiny => 128,
+            Guest::Debian | Guest::DebianByFirmware => 256,
+        }
+    }
+
+    /// From start to power-off, many times what it takes on an idle machine without KVM.
+    fn limit(self) -> Duration {
+        Duration::from_secs(match self {
+            Guest::Tiny => 90,
+            Guest::Debian | Guest::DebianByFirmware => 240,
+        })
+    }
+}
+
+pub struct Vm {
+    qemu: Process,
+    name: String,
+    serial: PathBuf,
+    deadline: Instant,
+}
+
+impl Vm {
+    /// Starts `guest` with `cpus`, as many queues per disk, and `disks` as vda, vdb, ...
+    pub fn start(dir: &Path, name: &str, guest: Guest, cpus: u32, disks: &[&Backend], script: &str) -> Self {
+        let run = dir.join(format!("{name}.run"));
+        fs::write(&run, format!("{PRELUDE}{script}")).expect("the test's directory takes files");
+        let serial = dir.join(format!("{name}.serial"));
+        fs::write(&serial, "").expect("the test's directory takes files");
+
+        let mut args = machine(guest, cpus);
+        let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        option("-serial", format!("file:{}", serial.display()));
+        option("-fw_cfg", format!("name=opt/pando/run,file={}", run.display()));
+        for (number, disk) in disks.iter().enumerate() {
+            let socket = disk.socket().display();
+            option("-chardev", format!("socket,id=disk{number},path={socket}"));
+            option("-device", format!("vhost-user-blk-pci,chardev=disk{number},num-queues={cpus}"));
+        }
+        args.extend(match guest {
+            Guest::Tiny => kernel("tiny"),
+            Guest::Debian => kernel("debian"),
+            Guest::DebianByFirmware => firmware(&dir.join(format!("{name}.vars"))),
+        });
+
+        let program = std::env::var("PANDO_QEMU").unwrap_or("qemu-system-x86_64".to_owned());
+        let log = dir.join(format!("{name}.qemu"));
+        let mut qemu = Process::start(&format!("guest {name}"), program, &args, log);
+        qemu.show_on_failure(serial.clone());
+        Self { qemu, name: name.to_owned(), serial, deadline: Instant::now() + guest.limit() }
+    }
+
+    /// Waits until the guest has said `line` on a line of its own.
+    pub fn wait_for(&mut self, line: &str) {
+        let what = format!("guest {} to say {line:?}", self.name);
+        let (qemu, serial) = (&mut self.qemu, &self.serial);
+        let limit = self.deadline.saturating_duration_since(Instant::now());
+        wait_until(&what, limit, || {
+            let said = Said::read(serial).lines().any(|said| said == line);
+            if !said {
+                qemu.assert_running();
+            }
+            said
+        });
+    }
+
+    /// What the guest has said so far.
+    pub fn said(&self) -> Said {
+        Said::read(&self.serial)
+    }
+
+    /// SIGKILL: the guest is gone between two instructions, as by a crash of the VMM.
+    pub fn kill(mut self) -> Said {
+        self.qemu.kill();
+        self.said()
+    }
+
+    /// Waits for the guest to power off, and its script to have succeeded.
+    pub fn finish(mut self) -> Said {
+        let limit = self.deadline.saturating_duration_since(Instant::now());
+        let status = self.qemu.wait(limit);
+        assert!(status.success(), "QEMU of {} ended with {status}", self.name);
+        let said = self.said();
+        let ends: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("@@pando end ")).collect();
+        let reboot = REBOOT.to_string();
+        let (last, before) = ends.split_last().unwrap_or_else(|| {
+            panic!("the script of {} did not end", self.name);
+        });
+        assert_eq!(*last, "0", "the script of {} failed", self.name);
+        assert!(before.iter().all(|&status| status == reboot), "{before:?}");
+        said
+    }
+}
+
+fn machine(guest: Guest, cpus: u32) -> Vec<String> {
+    let memory = guest.memory_mib();
+    let mut args = format!("-nodefaults -no-user-config -display none -machine q35 -smp {cpus} -m {memory}M");
+    // A backend reaches guest memory only where it is shared.
+    args += &format!(" -object memory-backend-memfd,id=mem,size={memory}M,share=on -numa node,memdev=mem");
+    args += &match material::accelerator() {
+        "kvm" => " -accel kvm -cpu host".to_owned(),
+        // With the default CPU: what a newer one can do takes longer to emulate.
+        other => format!(" -accel {other}"),
+    };
+    args.split(' ').map(str::to_owned).collect()
+}
+
+fn kernel(guest: &str) -> Vec<String> {
+    let path = |file: &str| material::file(&format!("{guest}.{file}")).display().to_string();
+    vec![
+        "-kernel".to_owned(),
+        path("vmlinuz"),
+        "-initrd".to_owned(),
+        path("initrd"),
+        "-append".to_owned(),
+        "console=ttyS0 quiet panic=-1 root=/dev/vda2 ro".to_owned(),
+    ]
+}
+
+/// The disk decides what runs. The firmware keeps its variables in `variables`.
+fn firmware(variables: &Path) -> Vec<String> {
+    const OVMF: &str = "/usr/share/OVMF";
+    fs::copy(format!("{OVMF}/OVMF_VARS_4M.fd"), variables).expect("OVMF is installed (tools/setup guest)");
+    vec![
+        "-drive".to_owned(),
+        format!("if=pflash,format=raw,readonly=on,file={OVMF}/OVMF_CODE_4M.fd"),
+        "-drive".to_owned(),
+        format!("if=pflash,format=raw,file={}", variables.display()),
+    ]
+}
+
+/// Everything on a guest's serial console.
+pub struct Said(String);
+
+impl Said {
+    fn read(serial: &Path) -> Self {
+        let bytes = fs::read(serial).expect("QEMU's file can be read");
+        Self(String::from_utf8_lossy(&bytes).replace('\r', ""))
+    }
+
+    fn lines(&self) -> impl Iterator<Item = &str> {
+        self.0.lines()
+    }
+
+    pub fn contains(&self, text: &str) -> bool {
+        self.0.contains(text)
+    }
+
+    /// The values that were said under `key`, in order.
+    pub fn all<'a>(&'a self, key: &str) -> Vec<&'a str> {
+        self.lines()
+            .filter_map(|line| line.strip_prefix("@@ "))
+            .filter_map(|said| said.strip_prefix(key)?.strip_prefix(' '))
+            .collect()
+    }
+
+    /// The value that was said under `key`, exactly once.
+    pub fn one(&self, key: &str) -> &str {
+        let all = self.all(key);
+        assert_eq!(all.len(), 1, "{key}: {all:?} in\n{}", self.0);
+        all[0]
+    }
+}

@@ -1,0 +1,3 @@
+//! All integration tests, a module for each area.
+
+mod volume;
