@@ -1,8 +1,5 @@
 //! Debian boots from a shared image: its private writes, its reboots, its crash, its firmware.
 
-use std::thread;
-use std::time::Duration;
-
 use crate::backend::Backend;
 use crate::disks::{directory, text};
 use crate::material::Image;

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
@@ -87,7 +88,7 @@ impl Vm {
         let (qemu, serial) = (&mut self.qemu, &self.serial);
         let limit = self.deadline.saturating_duration_since(Instant::now());
         wait_until(&what, limit, || {
-            let said = Said::read(serial).lines().any(|said| said == line);
+            let said = read(serial).lines().any(|said| said == line);
             if !said {
                 qemu.assert_running();
             }
@@ -95,9 +96,8 @@ impl Vm {
         });
     }
 
-    /// What the guest has said so far.
-    pub fn said(&self) -> Said {
-        Said::read(&self.serial)
+    fn said(&self) -> Said {
+        Said { name: self.name.clone(), text: read(&self.serial) }
     }
 
     /// SIGKILL: the guest is gone between two instructions, as by a crash of the VMM.
@@ -110,17 +110,23 @@ impl Vm {
     pub fn finish(mut self) -> Said {
         let limit = self.deadline.saturating_duration_since(Instant::now());
         let status = self.qemu.wait(limit);
-        assert!(status.success(), "QEMU of {} ended with {status}", self.name);
         let said = self.said();
+        // From here on it is `said` that shows the console.
+        drop(self);
+        assert!(status.success(), "QEMU ended with {status}");
         let ends: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("@@pando end ")).collect();
         let reboot = REBOOT.to_string();
-        let (last, before) = ends.split_last().unwrap_or_else(|| {
-            panic!("the script of {} did not end", self.name);
-        });
-        assert_eq!(*last, "0", "the script of {} failed", self.name);
-        assert!(before.iter().all(|&status| status == reboot), "{before:?}");
+        let (last, before) = ends.split_last().expect("the script came to its end");
+        assert_eq!(*last, "0", "the script failed");
+        assert!(before.iter().all(|&status| status == reboot), "{ends:?}");
         said
     }
+}
+
+/// What is on the serial console, as lines of text.
+fn read(serial: &Path) -> String {
+    let bytes = fs::read(serial).expect("QEMU's file can be read");
+    String::from_utf8_lossy(&bytes).replace('\r', "")
 }
 
 fn machine(guest: Guest, cpus: u32) -> Vec<String> {
@@ -160,21 +166,19 @@ fn firmware(variables: &Path) -> Vec<String> {
     ]
 }
 
-/// Everything on a guest's serial console.
-pub struct Said(String);
+/// Everything on a guest's serial console; shown when the test fails while it holds this.
+pub struct Said {
+    name: String,
+    text: String,
+}
 
 impl Said {
-    fn read(serial: &Path) -> Self {
-        let bytes = fs::read(serial).expect("QEMU's file can be read");
-        Self(String::from_utf8_lossy(&bytes).replace('\r', ""))
-    }
-
     fn lines(&self) -> impl Iterator<Item = &str> {
-        self.0.lines()
+        self.text.lines()
     }
 
     pub fn contains(&self, text: &str) -> bool {
-        self.0.contains(text)
+        self.text.contains(text)
     }
 
     /// The values that were said under `key`, in order.
@@ -188,7 +192,15 @@ impl Said {
     /// The value that was said under `key`, exactly once.
     pub fn one(&self, key: &str) -> &str {
         let all = self.all(key);
-        assert_eq!(all.len(), 1, "{key}: {all:?} in\n{}", self.0);
+        assert_eq!(all.len(), 1, "{key}: {all:?}");
         all[0]
+    }
+}
+
+impl Drop for Said {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("---- what guest {} said\n{}", self.name, self.text);
+        }
     }
 }
