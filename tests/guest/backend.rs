@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use tempfile::TempDir;
+
 use crate::process::{Process, wait_until};
 
 /// Generous: the first start on an image also computes its digest, on a machine that is busy.
@@ -14,12 +16,15 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 pub struct Backend {
     process: Process,
     socket: PathBuf,
+    /// Holds the socket: in a short path, because a socket's is limited to 107 bytes.
+    _sockets: TempDir,
 }
 
 impl Backend {
-    /// Serves the volume that `args` describe on a socket in `dir`.
+    /// Serves the volume that `args` describe and logs in `dir`.
     pub fn start(dir: &Path, name: &str, args: &[&str]) -> Self {
-        let socket = dir.join(format!("{name}.sock"));
+        let sockets = TempDir::new().expect("the system's directory takes files");
+        let socket = sockets.path().join(format!("{name}.sock"));
         let mut line = vec!["serve".to_owned()];
         line.extend(args.iter().map(|&arg| arg.to_owned()));
         line.extend(["--socket-path".to_owned(), socket.display().to_string()]);
@@ -29,7 +34,7 @@ impl Backend {
             process.assert_running();
             listens(&socket)
         });
-        Self { process, socket }
+        Self { process, socket, _sockets: sockets }
     }
 
     pub fn socket(&self) -> &Path {
