@@ -1,1 +1,45 @@
-fn main() {}
+//! `load`: asks vhost-user-blk backends for work, without a virtual machine, and measures them.
+//!
+//! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
+//! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
+//! asked for. `suite` compares backends, `process` weighs them. It knows no backend's inside.
+
+mod arguments;
+mod content;
+mod device;
+mod drive;
+mod histogram;
+mod permutation;
+mod process;
+mod reference;
+mod request;
+mod ring;
+mod run;
+mod suite;
+mod sys;
+mod verify;
+mod workload;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use arguments::{Arguments, Task};
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Run(options) => run::run(&options),
+        Task::Verify(options) => run::verify(&options),
+        Task::Suite(options) => suite::run(&options),
+        Task::ReferenceBackend(options) => {
+            reference::serve(&options.file, &options.socket_path, options.queues, !options.read_only)
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("load: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

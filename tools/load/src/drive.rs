@@ -1,0 +1,226 @@
+//! The loop that keeps requests in flight on a set of queues and takes the time of each.
+//!
+//! One thread drives one or more queues, each to its depth. What is asked for is the client's
+//! business; this file owns submission, completion, waiting and counting. Nothing is allocated
+//! while it runs.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::device::Queue;
+use crate::histogram::Histogram;
+use crate::request::{Operation, Part, Request, STATUS_OK};
+use crate::sys::{self, SharedMemory};
+
+/// A backend that completes nothing for this long is stuck.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often the clock is looked at while spinning.
+const SPINS_PER_LOOK: u32 = 4096;
+
+/// How the driver learns of completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Wait {
+    /// Sleep until the call eventfd fires, as a guest that takes interrupts.
+    Call,
+    /// Watch the used ring and ask for no calls.
+    Poll,
+}
+
+/// What to ask for, and what to do with the answers.
+pub trait Client {
+    /// The next request for this slot; none when it has had its last.
+    fn next(&mut self, queue: usize, slot: usize) -> Option<Request>;
+
+    /// Puts the data of a write into its buffer at `data`.
+    fn fill(&mut self, _request: &Request, _memory: &SharedMemory, _data: usize) {}
+
+    /// Takes note of a request that has succeeded.
+    fn done(&mut self, _request: &Request, _answer: &Answer) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What came back for a request that has succeeded.
+#[derive(Debug)]
+pub struct Answer<'a> {
+    /// The used length: how many bytes the device says it wrote.
+    pub written: u32,
+    pub memory: &'a SharedMemory,
+    /// Where the request's buffer is in `memory`.
+    pub data: usize,
+}
+
+/// What was counted.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub requests: u64,
+    pub bytes: u64,
+    pub elapsed: Duration,
+    pub latency: Histogram,
+}
+
+impl Tally {
+    /// Joins what another thread counted in the same time.
+    pub fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.bytes += other.bytes;
+        self.elapsed = self.elapsed.max(other.elapsed);
+        self.latency.add(&other.latency);
+    }
+}
+
+/// A request that a slot has in flight.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    request: Request,
+    /// When it, or the pair that it ends, was submitted.
+    since: Instant,
+}
+
+struct Drive<'a, C> {
+    queues: &'a mut [Queue],
+    client: &'a mut C,
+    /// By queue, then slot.
+    flights: Vec<Vec<Option<Flight>>>,
+    in_flight: usize,
+    tally: Tally,
+}
+
+/// Drives `queues` until the client has no more to ask for, or `time` is over and all is answered.
+pub fn drive(queues: &mut [Queue], client: &mut impl Client, wait: Wait, time: Option<Duration>) -> Result<Tally> {
+    let flights = queues.iter().map(|queue| vec![None; queue.slots.depth()]).collect();
+    let drive = Drive { queues, client, flights, in_flight: 0, tally: Tally::default() };
+    drive.run(wait, time)
+}
+
+impl<C: Client> Drive<'_, C> {
+    fn run(mut self, wait: Wait, time: Option<Duration>) -> Result<Tally> {
+        let start = Instant::now();
+        for queue in 0..self.queues.len() {
+            self.queues[queue].ring.disarm();
+            for slot in 0..self.queues[queue].slots.depth() {
+                self.submit(queue, slot, start, None);
+            }
+            self.publish(queue)?;
+        }
+        let mut now = start;
+        let mut progress_at = start;
+        let mut spins = 0;
+        while self.in_flight > 0 {
+            let mut completed = 0;
+            for queue in 0..self.queues.len() {
+                completed +=
+                    self.harvest(queue, &mut now, |now| time.is_none_or(|time| now.duration_since(start) < time))?;
+            }
+            if completed > 0 {
+                (progress_at, spins) = (now, 0);
+                continue;
+            }
+            match wait {
+                Wait::Call => self.sleep()?,
+                Wait::Poll => {
+                    std::hint::spin_loop();
+                    spins += 1;
+                    if spins < SPINS_PER_LOOK {
+                        continue;
+                    }
+                    spins = 0;
+                }
+            }
+            if progress_at.elapsed() > PATIENCE {
+                bail!("no completion in {PATIENCE:?} with {} requests in flight", self.in_flight);
+            }
+        }
+        self.tally.elapsed = start.elapsed();
+        Ok(self.tally)
+    }
+
+    /// Takes all completions that are there, and puts new requests in their places while `more`.
+    fn harvest(&mut self, queue: usize, now: &mut Instant, more: impl Fn(Instant) -> bool) -> Result<usize> {
+        let mut completed = 0;
+        while let Some((head, written)) = self.queues[queue].ring.pop() {
+            if completed == 0 {
+                *now = Instant::now();
+            }
+            completed += 1;
+            let slot = self.queues[queue].slots.slot_of(head);
+            let flight = slot.and_then(|slot| self.flights[queue][slot].take());
+            let (Some(slot), Some(flight)) = (slot, flight) else {
+                bail!("queue {queue}: head {head} completed, which is not in flight");
+            };
+            self.in_flight -= 1;
+            self.complete(queue, slot, &flight, written, *now)?;
+            let since = (flight.request.part == Part::First).then_some(flight.since);
+            if since.is_some() || more(*now) {
+                self.submit(queue, slot, *now, since);
+            }
+        }
+        if completed > 0 {
+            self.queues[queue].ring.disarm();
+            self.publish(queue)?;
+        }
+        Ok(completed)
+    }
+
+    fn complete(&mut self, queue: usize, slot: usize, flight: &Flight, written: u32, now: Instant) -> Result<()> {
+        let request = &flight.request;
+        let slots = &self.queues[queue].slots;
+        let status = slots.status(slot);
+        ensure!(status == STATUS_OK, "{request:?} failed with status {status}");
+        let answer = Answer { written, memory: slots.memory(), data: slots.data(slot) };
+        self.client.done(request, &answer)?;
+        self.tally.bytes += u64::from(request.bytes);
+        if request.part != Part::First {
+            self.tally.requests += 1;
+            let nanoseconds = now.duration_since(flight.since).as_nanos();
+            self.tally.latency.record(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+        }
+        Ok(())
+    }
+
+    /// Asks the client for this slot's next request and pushes it. `since` is when its pair began.
+    fn submit(&mut self, queue: usize, slot: usize, now: Instant, since: Option<Instant>) {
+        let Some(request) = self.client.next(queue, slot) else { return };
+        let Queue { ring, slots, .. } = &mut self.queues[queue];
+        slots.turn_buffer(slot);
+        if request.operation == Operation::Write {
+            self.client.fill(&request, slots.memory(), slots.data(slot));
+        }
+        slots.push(slot, &request, ring);
+        self.flights[queue][slot] = Some(Flight { request, since: since.unwrap_or(now) });
+        self.in_flight += 1;
+    }
+
+    fn publish(&mut self, queue: usize) -> Result<()> {
+        let Queue { ring, kick, .. } = &mut self.queues[queue];
+        if ring.publish() {
+            kick.write(1).context("kick")?;
+        }
+        Ok(())
+    }
+
+    /// Sleeps until a queue has completions.
+    fn sleep(&mut self) -> Result<()> {
+        if self.queues.iter_mut().any(|queue| queue.ring.arm()) {
+            return Ok(());
+        }
+        let mut fds: [libc::pollfd; QUEUES_MAX] = std::array::from_fn(|index| libc::pollfd {
+            fd: self.queues.get(index).map_or(-1, Queue::call_fd),
+            events: libc::POLLIN,
+            revents: 0,
+        });
+        let fds = &mut fds[..self.queues.len()];
+        sys::wait_readable(fds, PATIENCE).context("poll")?;
+        for (queue, fd) in self.queues.iter().zip(fds) {
+            if fd.revents != 0 {
+                // Nothing to read means that the call was spurious: the ring says what is done.
+                let _ = queue.call.read();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The most queues that one thread drives.
+pub const QUEUES_MAX: usize = 64;

@@ -1,0 +1,243 @@
+//! The benchmark: every contestant on every line, in turn, on the same files, in the same run.
+//!
+//! Rounds go over all lines, and each line over the limit and all contestants, so that what else the
+//! machine does strikes all of them alike. Every measurement has a fresh backend process and a fresh
+//! private file. Owns the order of events; the tables of who and what are `contestants` and `rows`.
+
+mod contestants;
+mod limit;
+mod machine;
+mod markdown;
+mod record;
+mod rows;
+mod site;
+mod standing;
+mod text;
+
+use std::fs::File;
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::arguments::SuiteOptions;
+use crate::device::{Greeting, Setup};
+use crate::drive::{self, Wait};
+use crate::process::Backend;
+use crate::run::{self, Driver};
+use crate::suite::contestants::{CONTESTANTS, Contestant};
+use crate::suite::limit::{Bench, Reading};
+use crate::suite::record::{Identity, Record, RowRecord, Sample, Settings};
+use crate::suite::rows::{BASE_BYTES, ROWS, Row};
+use crate::suite::site::Site;
+use crate::verify::{Base, Verifier};
+use crate::workload::Mix;
+
+const QUEUE_SIZE: u16 = 256;
+/// The check of each contestant before anything is measured.
+const CHECK_RANGE_BYTES: u64 = 128 << 20;
+const CHECK_BLOCK_BYTES: u32 = 64 << 10;
+const CHECK_REQUESTS: u64 = 10_000;
+const CHECK_DEPTH: usize = 32;
+
+pub fn run(options: &SuiteOptions) -> Result<()> {
+    let site = Site::new(options)?;
+    let mut contestants = Vec::new();
+    let mut identities = Vec::new();
+    for contestant in CONTESTANTS.iter().filter(|it| wanted(&options.contestants, it.name)) {
+        match (contestant.version)(&site.programs) {
+            Ok(version) => {
+                let Contestant { name, about, .. } = *contestant;
+                identities.push(Identity { name, about, version });
+                contestants.push(contestant);
+            }
+            Err(error) => eprintln!("{} does not take part: {error:#}", contestant.name),
+        }
+    }
+    ensure!(!contestants.is_empty(), "no contestant is there");
+    let rows: Vec<_> = ROWS.iter().filter(|row| wanted(&options.only, row.name)).collect();
+    let suite = Suite { site: &site, options, contestants: &contestants };
+
+    for contestant in &contestants {
+        progress(&format!("checking {}", contestant.name));
+        suite.check(contestant).with_context(|| format!("{} serves wrongly", contestant.name))?;
+    }
+    let mut record = Record {
+        machine: machine::describe()?,
+        settings: Settings {
+            rounds: options.rounds(),
+            seconds: options.seconds(),
+            wait: format!("{:?}", options.wait).to_lowercase(),
+            buffer_bytes: usize::try_from(options.buffers)?,
+        },
+        contestants: identities,
+        rows: suite.measure(&rows)?,
+        standing: Vec::new(),
+    };
+    if wanted(&options.only, standing::NAME) {
+        record.standing = standing::measure(&suite)?;
+    }
+    progress("");
+    if let Some(path) = &options.json {
+        let file = File::create(path).with_context(|| path.display().to_string())?;
+        serde_json::to_writer_pretty(file, &record)?;
+    }
+    let report = if options.markdown { markdown::report(&record) } else { text::report(&record) };
+    print!("{report}");
+    Ok(())
+}
+
+/// What all measurements share.
+struct Suite<'a> {
+    site: &'a Site,
+    options: &'a SuiteOptions,
+    contestants: &'a [&'a Contestant],
+}
+
+impl Suite<'_> {
+    fn driver(&self, round: usize) -> Result<Driver> {
+        Ok(Driver {
+            wait: self.options.wait,
+            threads: 1,
+            buffer_bytes: usize::try_from(self.options.buffers)?,
+            // Another order in every round, the same for all contestants.
+            seed: round as u64 + 1,
+        })
+    }
+
+    fn measure(&self, rows: &[&Row]) -> Result<Vec<RowRecord>> {
+        let mut records: Vec<_> = rows
+            .iter()
+            .map(|row| RowRecord {
+                name: row.name,
+                limit: Vec::new(),
+                bare_pread: Vec::new(),
+                samples: self.contestants.iter().map(|_| Vec::new()).collect(),
+            })
+            .collect();
+        let rounds = self.options.rounds();
+        for round in 0..rounds {
+            for (row, record) in rows.iter().zip(&mut records) {
+                let label = format!("round {} of {rounds}: {}", round + 1, row.name);
+                progress(&label);
+                record.limit.push(self.limit(row, round, Reading::Copy)?);
+                if row.measured.mix == Mix::Read {
+                    record.bare_pread.push(self.limit(row, round, Reading::Pread)?);
+                }
+                for place in 0..self.contestants.len() {
+                    // Everyone goes first once, so that nobody always follows the same neighbour.
+                    let index = (place + round) % self.contestants.len();
+                    let contestant = self.contestants[index];
+                    if contestant.writable || !row.writes() {
+                        progress(&format!("{label}: {}", contestant.name));
+                        let sample = self.sample(contestant, row, round);
+                        let sample = sample.with_context(|| format!("{}: {}", contestant.name, row.name))?;
+                        record.samples[index].push(sample);
+                    }
+                }
+            }
+        }
+        Ok(records)
+    }
+
+    fn limit(&self, row: &Row, round: usize, reading: Reading) -> Result<Sample> {
+        let driver = self.driver(round)?;
+        let bench = Bench {
+            base: &self.site.base,
+            base_mapped: &self.site.base_mapped,
+            reading,
+            private: &self.site.volume(0, 1).private,
+            buffer_bytes: driver.buffer_bytes,
+            seed: driver.seed,
+        };
+        bench.measure(row, self.time())
+    }
+
+    fn sample(&self, contestant: &Contestant, row: &Row, round: usize) -> Result<Sample> {
+        let volume = self.site.volume(0, row.queues);
+        (contestant.prepare)(&self.site.programs, &volume).context("making the private file")?;
+        let command = (contestant.command)(&self.site.programs, &volume);
+        let mut backend = Backend::start(&command, &volume.socket, &self.site.log())?;
+        let measured = self.drive(&mut backend, row, round);
+        let sample = measured.with_context(|| format!("the backend said:\n{}", backend.said()))?;
+        backend.stop()?;
+        self.site.clean(&volume)?;
+        Ok(sample)
+    }
+
+    fn drive(&self, backend: &mut Backend, row: &Row, round: usize) -> Result<Sample> {
+        let mut driver = self.driver(round)?;
+        driver.wait = row.wait.unwrap_or(driver.wait);
+        let areas = row.before.iter().chain([&row.measured]).map(|workload| {
+            let block_bytes = workload.block_bytes;
+            run::area_bytes(block_bytes, workload.depth, driver.buffer_bytes, block_bytes)
+        });
+        let setup = Setup {
+            queues: row.queues,
+            queue_size: QUEUE_SIZE,
+            area_bytes: areas.max().unwrap_or(0),
+            segment_bytes: None,
+            indirect: true,
+        };
+        let (stream, _) = backend.connect()?;
+        let mut device = Greeting::new(stream)?.start(&setup)?;
+        for workload in row.before {
+            run::measure(&mut device, workload, &driver, None).context("preparing")?;
+        }
+        let cpu_before = backend.cpu_ns()?;
+        let tally = run::measure(&mut device, &row.measured, &driver, Some(self.time()))?;
+        let mut sample = Sample::new(&tally, backend.cpu_ns()? - cpu_before);
+        sample.weight = Some(backend.weight()?);
+        device.stop()?;
+        Ok(sample)
+    }
+
+    /// Random checked requests: whoever serves wrong bytes need not be fast.
+    fn check(&self, contestant: &Contestant) -> Result<()> {
+        let volume = self.site.volume(0, 1);
+        (contestant.prepare)(&self.site.programs, &volume).context("making the private file")?;
+        let command = (contestant.command)(&self.site.programs, &volume);
+        let mut backend = Backend::start(&command, &volume.socket, &self.site.log())?;
+        let (stream, _) = backend.connect()?;
+        let setup = Setup {
+            queues: 1,
+            queue_size: QUEUE_SIZE,
+            area_bytes: run::area_bytes(CHECK_BLOCK_BYTES, CHECK_DEPTH, 0, CHECK_BLOCK_BYTES),
+            segment_bytes: None,
+            indirect: true,
+        };
+        let mut device = Greeting::new(stream)?.start(&setup)?;
+        for queue in &mut device.queues {
+            queue.reshape(CHECK_BLOCK_BYTES, CHECK_DEPTH, 0)?;
+        }
+        let base = Base::Content(BASE_BYTES);
+        let config = device.config;
+        let mut verifier = Verifier::new(config, base, CHECK_RANGE_BYTES, CHECK_BLOCK_BYTES, 1);
+        verifier.start_random(CHECK_REQUESTS);
+        drive::drive(&mut device.queues, &mut verifier, Wait::Call, None)?;
+        verifier.start_pass();
+        drive::drive(&mut device.queues, &mut verifier, Wait::Poll, None)?;
+        device.stop()?;
+        backend.stop()?;
+        self.site.clean(&volume)
+    }
+
+    fn time(&self) -> Duration {
+        Duration::from_secs_f64(self.options.seconds())
+    }
+}
+
+/// Whether a name was asked for: all are when nothing was, else those that contain a pattern.
+fn wanted(patterns: &[String], name: &str) -> bool {
+    patterns.is_empty() || patterns.iter().any(|pattern| name.contains(pattern.as_str()))
+}
+
+/// Says on one line of a terminal what is being done; an empty text clears it.
+fn progress(text: &str) {
+    use std::io::IsTerminal;
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{text}");
+        // A terminal that cannot be written to takes nothing away from the measurement.
+        let _ = std::io::stderr().flush();
+    }
+}

@@ -1,0 +1,138 @@
+//! What a run of the suite found: samples, their medians, and the ratios between contestants.
+//!
+//! Plain data, written as JSON by `serde`. Knows nothing of how samples are taken or shown.
+
+use serde::Serialize;
+
+use crate::drive::Tally;
+use crate::process::Weight;
+
+/// Everything that one run found.
+#[derive(Debug, Serialize)]
+pub struct Record {
+    pub machine: Machine,
+    pub settings: Settings,
+    pub contestants: Vec<Identity>,
+    pub rows: Vec<RowRecord>,
+    pub standing: Vec<StandingRecord>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Machine {
+    pub date: String,
+    pub cpu: String,
+    pub cpus: usize,
+    pub kernel: String,
+    pub memory_mib: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Settings {
+    pub rounds: usize,
+    pub seconds: f64,
+    pub wait: String,
+    pub buffer_bytes: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Identity {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub version: String,
+}
+
+/// One line of the tables, a sample for each round.
+#[derive(Debug, Serialize)]
+pub struct RowRecord {
+    pub name: &'static str,
+    pub limit: Vec<Sample>,
+    /// The same by `pread`, for lines that only read.
+    pub bare_pread: Vec<Sample>,
+    /// In the contestants' order; a contestant that does not take part has no samples.
+    pub samples: Vec<Vec<Sample>>,
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Sample {
+    pub requests: u64,
+    pub iops: f64,
+    pub mib_per_s: f64,
+    pub p50_us: f64,
+    pub p99_us: f64,
+    /// CPU time of all of the backend's processes, for each request.
+    pub cpu_us: f64,
+    /// What the backend held right after the work.
+    pub weight: Option<Weight>,
+}
+
+/// What backends cost that stand and wait.
+#[derive(Debug, Serialize)]
+pub struct StandingRecord {
+    pub name: &'static str,
+    pub samples: Vec<StandingSample>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct StandingSample {
+    /// From the start of the process to a connection, and to the answer to GET_CONFIG.
+    pub listening_ms: f64,
+    pub greeted_ms: f64,
+    /// Before anyone connects.
+    pub alone: Weight,
+    /// With its queue running and nothing to do.
+    pub attached: Weight,
+    /// While attached: CPU time and context switches in each second.
+    pub idle_cpu_us_per_s: f64,
+    pub idle_switches_per_s: f64,
+}
+
+impl Sample {
+    pub fn new(tally: &Tally, cpu_ns: u64) -> Self {
+        let seconds = tally.elapsed.as_secs_f64();
+        let requests = tally.requests as f64;
+        Self {
+            requests: tally.requests,
+            iops: requests / seconds,
+            mib_per_s: tally.bytes as f64 / seconds / f64::from(1 << 20),
+            p50_us: tally.latency.quantile_ns(0.5) as f64 / 1e3,
+            p99_us: tally.latency.quantile_ns(0.99) as f64 / 1e3,
+            cpu_us: cpu_ns as f64 / 1e3 / requests,
+            weight: None,
+        }
+    }
+}
+
+/// The median of one figure of some samples; none without samples.
+pub fn median<T>(samples: &[T], figure: impl Fn(&T) -> f64) -> Option<f64> {
+    let mut figures: Vec<f64> = samples.iter().map(figure).collect();
+    figures.sort_by(f64::total_cmp);
+    let middle = figures.len() / 2;
+    match figures.len() {
+        0 => None,
+        count if count % 2 == 1 => Some(figures[middle]),
+        _ => Some(f64::midpoint(figures[middle - 1], figures[middle])),
+    }
+}
+
+/// The median over the rounds of one figure's ratio: `a` to `b`, both of the same round.
+pub fn ratio<T>(a: &[T], b: &[T], figure: impl Fn(&T) -> f64) -> Option<f64> {
+    let pairs: Vec<f64> = a.iter().zip(b).map(|(a, b)| figure(a) / figure(b)).collect();
+    median(&pairs, |ratio| *ratio)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_ratios() {
+        let figure = |it: &f64| *it;
+        assert_eq!(median(&[], figure), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0], figure), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0], figure), Some(2.5));
+        // A round that was slow for both does not move their ratio.
+        assert_eq!(ratio(&[2.0, 20.0, 2.0], &[1.0, 10.0, 1.0], figure), Some(2.0));
+        assert_eq!(ratio(&[2.0], &[], figure), None);
+    }
+}

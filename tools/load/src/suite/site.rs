@@ -1,0 +1,105 @@
+//! The files of a run: made at its start, removed at its end.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::arguments::SuiteOptions;
+use crate::content;
+use crate::suite::contestants::{Programs, Volume};
+use crate::suite::rows::BASE_BYTES;
+use crate::sys::{self, MappedFile};
+
+/// For start-up: a base and a disk that would take long to read or to index.
+const LARGE_BASE_BYTES: u64 = 10 << 30;
+const LARGE_DISK_BYTES: u64 = 1 << 40;
+
+/// A directory with the bases, and names for all that comes and goes.
+pub struct Site {
+    directory: PathBuf,
+    pub programs: Programs,
+    pub base: File,
+    pub base_mapped: MappedFile,
+}
+
+impl Site {
+    /// Makes the directory and the bases, in the page cache.
+    pub fn new(options: &SuiteOptions) -> Result<Self> {
+        let directory = options.work_dir.clone();
+        fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+        let directory = fs::canonicalize(directory)?;
+        let programs = Programs {
+            pando_blk: options.pando_blk.clone(),
+            qemu_storage_daemon: options.qemu_storage_daemon.clone(),
+            qemu_img: options.qemu_img.clone(),
+            load: std::env::current_exe()?,
+        };
+        let base = make_base(&directory.join("base"), BASE_BYTES)?;
+        File::create(directory.join("large-base"))?.set_len(LARGE_BASE_BYTES)?;
+        sys::fill_cache(&base)?;
+        let base_mapped = MappedFile::new(&base)?;
+        Ok(Self { directory, programs, base, base_mapped })
+    }
+
+    /// The volume that is measured; `index` tells several apart.
+    pub fn volume(&self, index: usize, queues: usize) -> Volume {
+        self.named("base", BASE_BYTES, index, queues)
+    }
+
+    pub fn large_volume(&self, index: usize) -> Volume {
+        self.named("large-base", LARGE_DISK_BYTES, index, 1)
+    }
+
+    fn named(&self, base: &str, bytes: u64, index: usize, queues: usize) -> Volume {
+        Volume {
+            base: self.directory.join(base),
+            bytes,
+            private: self.directory.join(format!("private-{index}")),
+            socket: self.directory.join(format!("socket-{index}")),
+            queues,
+        }
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
+    /// Removes what is a volume's own, whatever of it there is.
+    pub fn clean(&self, volume: &Volume) -> Result<()> {
+        remove(&volume.private)?;
+        remove(&volume.socket)
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.directory) {
+            eprintln!("{} is left behind: {error}", self.directory.display());
+        }
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| path.display().to_string())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A file of incompressible bytes that can be checked wherever they turn up, on the disk already so
+/// that nothing is written back while others are measured.
+fn make_base(path: &Path, bytes: u64) -> Result<File> {
+    let file = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(path);
+    let file = file.with_context(|| path.display().to_string())?;
+    let mut block = vec![0; 1 << 20];
+    for offset in (0..bytes).step_by(block.len()) {
+        content::fill(&mut block, offset, content::BASE);
+        file.write_all_at(&block, offset)?;
+    }
+    file.sync_all()?;
+    Ok(file)
+}
