@@ -133,7 +133,8 @@ pub fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-/// The process that took the lock of the file with this device and inode, as the kernel lists it, if it does.
+/// The process that took the lock of the file with this device and inode, as the kernel lists it, if it does. A process
+/// that cannot be seen from here (of another PID namespace) has no number.
 pub fn lock_holder(file: &File) -> Option<u32> {
     use std::os::unix::fs::MetadataExt;
     let metadata = file.metadata().ok()?;
@@ -144,7 +145,7 @@ pub fn lock_holder(file: &File) -> Option<u32> {
         let mut fields = line.split_ascii_whitespace().skip(1);
         let kind = fields.next()?;
         let process = fields.nth(2)?;
-        (kind == "FLOCK" && fields.next()? == wanted).then(|| process.parse().ok())?
+        (kind == "FLOCK" && fields.next()? == wanted).then(|| process.parse().ok().filter(|process| *process != 0))?
     })
 }
 

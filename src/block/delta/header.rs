@@ -90,7 +90,7 @@ pub enum Phase {
 }
 
 /// Why a header or session cannot be used.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderFault {
     /// Some other kind of file.
     #[error("it is not a Pando delta: expected the magic bytes {expected:?}, found {found:?}")]

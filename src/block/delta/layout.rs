@@ -107,6 +107,12 @@ impl Layout {
         GROUPS_START + group * self.group_bytes()
     }
 
+    /// The group that a byte of the file belongs to; group 0 for what lies ahead of the groups, and a number that is no
+    /// group's for what lies behind them.
+    pub fn group_at(&self, file_offset: u64) -> u64 {
+        file_offset.saturating_sub(GROUPS_START) / self.group_bytes()
+    }
+
     /// Offset of a cluster's data in the file.
     #[inline]
     pub fn data(&self, cluster: u64) -> u64 {

@@ -276,7 +276,18 @@ pub fn decode_sector(
     Ok(words)
 }
 
-/// The state of cluster number `index` of the words of a sector.
-pub fn state_in(words: &[u64; WORDS_PER_MAP_SECTOR], index: usize) -> State {
-    State::from_bits(words[index / CLUSTERS_PER_WORD as usize] >> ((index % CLUSTERS_PER_WORD as usize) * 2))
+/// The state of cluster number `index` of the words of a sector, and how many clusters from there on in the same word have it.
+pub fn run_in(words: &[u64; WORDS_PER_MAP_SECTOR], index: usize) -> (State, u64) {
+    let (word, within) = (words[index / CLUSTERS_PER_WORD as usize], index as u64 % CLUSTERS_PER_WORD);
+    let rest = word >> (within * 2);
+    let state = State::from_bits(rest);
+    let differing = rest ^ (LOWER_BITS * state.bits());
+    (state, u64::from(differing.trailing_zeros() / 2).min(CLUSTERS_PER_WORD - within))
+}
+
+/// Sets the state of cluster number `index` of the words of a sector.
+pub fn set_in(words: &mut [u64; WORDS_PER_MAP_SECTOR], index: usize, state: State) {
+    let shift = (index as u64 % CLUSTERS_PER_WORD) * 2;
+    let word = &mut words[index / CLUSTERS_PER_WORD as usize];
+    *word = (*word & !(3 << shift)) | (state.bits() << shift);
 }

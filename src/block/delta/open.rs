@@ -73,9 +73,16 @@ pub enum OpenError {
 }
 
 /// Who holds a delta's lock.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
     process: Option<u32>,
+}
+
+impl Holder {
+    /// Its number, when the kernel tells.
+    pub fn process(&self) -> Option<u32> {
+        self.process
+    }
 }
 
 impl std::fmt::Display for Holder {
@@ -207,10 +214,17 @@ pub fn open_to_look(path: &Path) -> Result<(File, Header), OpenError> {
     Ok((file, header))
 }
 
-/// Whether some process has the delta open for writing.
-pub fn is_locked(file: &File) -> io::Result<bool> {
-    // A lock taken for the moment of the question.
-    Ok(!file::try_lock(file)? || file.unlock().is_err())
+/// Who has the delta open for writing, if anybody has.
+pub fn holder(file: &File) -> io::Result<Option<Holder>> {
+    // The kernel's list first: asking it disturbs nobody, and the lock below could refuse a backend that starts right now.
+    if let Some(process) = file::lock_holder(file) {
+        return Ok(Some(Holder { process: Some(process) }));
+    }
+    if file::try_lock(file)? {
+        file.unlock()?;
+        return Ok(None);
+    }
+    Ok(Some(Holder { process: None }))
 }
 
 /// Reads and checks the header of a delta.
