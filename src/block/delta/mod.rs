@@ -14,11 +14,14 @@
 //! - **One writer.** The file is locked while it is open ([`open::open`]).
 
 pub mod check;
+pub mod extents;
 pub mod header;
 pub mod layout;
 mod map;
 mod marks;
 pub mod open;
+pub mod repair;
+pub mod survey;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
