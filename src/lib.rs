@@ -5,3 +5,4 @@ pub mod block;
 pub mod cli;
 pub mod sys;
 pub mod units;
+pub mod vhost_user;

@@ -289,7 +289,8 @@ impl<S: Storage> Volume<S> {
         self.delta.as_ref().map_or(Ok(()), Delta::close)
     }
 
-    fn check_range(&self, offset: u64, len: u64) -> Result<(), Error> {
+    /// Sees that the range is part of the volume.
+    pub fn check_range(&self, offset: u64, len: u64) -> Result<(), Error> {
         match offset.checked_add(len) {
             Some(end) if end <= self.bytes => Ok(()),
             _ => Err(Error::OutOfRange { offset, len, bytes: self.bytes }),

@@ -7,6 +7,7 @@
 
 pub mod array;
 pub mod buffers;
+pub mod events;
 pub mod file;
 pub mod guest;
 pub mod mapping;

@@ -166,6 +166,16 @@ pub fn bytes_waiting(stream: &impl AsFd) -> io::Result<usize> {
     }
 }
 
+/// Whether the other side of a stream is gone; what it sent before may still wait.
+pub fn is_peer_gone(stream: &impl AsFd) -> io::Result<bool> {
+    let mut polled = libc::pollfd { fd: stream.as_fd().as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one entry, ours.
+    match unsafe { libc::poll(&raw mut polled, 1, 0) } {
+        count if count >= 0 => Ok(polled.revents != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Waits until one of the descriptors can be read or is at its end, at most `timeout_ms` (-1: without limit), and says which.
 pub fn wait_readable<const N: usize>(
     descriptors: [std::os::fd::BorrowedFd<'_>; N],

@@ -1,2 +1,61 @@
-//! x
-fn main() {}
+//! `pando-blk`, the backend: serves one volume to one front end at a time over vhost-user-blk.
+//!
+//! Started by a person, a VMM or a daemon it is the keeper; it executes itself again as the worker. Parses, opens, runs,
+//! prints an error chain, and says how it went by its exit code.
+
+mod args;
+mod open;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use pando::sys::process::StopSignals;
+use pando::vhost_user::{keeper, worker};
+
+use args::Invocation;
+
+fn main() -> ExitCode {
+    let result = match args::parse(&std::env::args_os().collect::<Vec<_>>()) {
+        Ok(Invocation::Worker) => {
+            start_log("worker", log::LevelFilter::Info);
+            worker::run().context("the worker failed")
+        }
+        Ok(Invocation::Print(text)) => std::io::stdout().write_all(text.as_bytes()).context("cannot print"),
+        Ok(Invocation::Serve(options)) => {
+            start_log("keeper", options.log_level);
+            serve(&options)
+        }
+        Err(error) => {
+            eprintln!("pando-blk: {error:#}\nTry 'pando-blk --help'.");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pando-blk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(options: &args::Options) -> anyhow::Result<()> {
+    // From here on a request to stop is answered in good order, also while the volume is being opened.
+    let signals = StopSignals::hold().context("cannot hold back signals")?;
+    let (attachment, socket) = open::attach(options)?;
+    let result = keeper::serve(attachment, &signals, || log::info!("ready for front ends at {}", options.place));
+    drop(socket);
+    Ok(result?)
+}
+
+fn start_log(process: &'static str, level: log::LevelFilter) {
+    env_logger::Builder::new()
+        // The worker is told its level later; what may pass at most is decided here, once.
+        .filter_level(log::LevelFilter::Trace)
+        .format(move |out, record| {
+            writeln!(out, "pando-blk {process}: {}: {}", record.level().as_str().to_ascii_lowercase(), record.args())
+        })
+        .init();
+    log::set_max_level(level);
+}

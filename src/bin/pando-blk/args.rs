@@ -1,0 +1,247 @@
+//! The command line: what was typed, and what it means.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail, ensure};
+use pando::block::digest::Digest;
+use pando::units::{ByteCount, ClusterSize};
+use pando::vhost_user::device::SERIAL_BYTES;
+use pando::vhost_user::ring::RING_SIZE_MAX;
+use pando::vhost_user::worker::WORKER_ARGUMENT;
+
+const HELP: &str = "\
+Serves one volume to a virtual machine over vhost-user-blk.
+
+Usage: pando serve --base IMAGE --delta FILE [--create] --socket-path PATH
+       pando serve --base IMAGE --ephemeral | --read-only --socket-path PATH
+       pando serve --blank --delta FILE [--create --size SIZE] --socket-path PATH
+('pando serve' and 'pando-blk' are the same.)
+
+The volume:
+  --base IMAGE         the raw image that reads come from; it is never written ('--blk-file' is the same)
+  --blank              no image: a plain private disk
+  --delta FILE         writes go to this file and stay; it fits the image that it was created for, and no other
+  --create             create the delta if there is none
+  --ephemeral[=DIR]    writes go to a file without a name in DIR (/var/tmp), gone when this process ends
+  --read-only          writes are refused
+  --size SIZE          the volume's size, for a delta to be created: at least the image's, such as 20G
+  --cluster-size SIZE  the copy-on-write unit, for a delta to be created: 4K (the default) to 64K
+  --base-digest HEX    the image's digest; believed instead of looked up or computed
+
+The place:
+  --socket-path PATH   listen here; a socket that a dead process left is replaced
+  --fd N               use this open socket, listening or connected
+
+What is offered:
+  --queues N           virtqueues (16; a thread exists for each that the guest uses)
+  --queue-size N       the largest virtqueue that is taken, in descriptors (32768)
+  --serial TEXT        the disk's serial number, up to 20 characters (one of its own for each delta)
+
+  --log LEVEL          error, warn, info (the default), debug or trace, to standard error
+  --print-capabilities print what QEMU's conventions ask for, as JSON
+  --help, --version
+
+Serves front ends one after another until SIGTERM or SIGINT, and then ends with everything on disk.
+Exit codes: 0 ended in good order; 1 failed, the reason is on standard error; 2 wrong usage.
+";
+
+/// As in QEMU's docs/interop/vhost-user.json.
+const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\"read-only\", \"blk-file\"]\n}\n";
+
+/// What the process is to do.
+pub enum Invocation {
+    /// Be a worker; only ever asked for by a keeper.
+    Worker,
+    /// Print this and be done.
+    Print(String),
+    /// Serve.
+    Serve(Box<Options>),
+}
+
+/// What is to be served, and where.
+pub struct Options {
+    pub volume: Volume,
+    pub base: Option<PathBuf>,
+    pub base_digest: Option<Digest>,
+    pub place: Place,
+    pub queues: u16,
+    pub ring_size_max: u16,
+    pub serial: Option<String>,
+    pub log_level: log::LevelFilter,
+}
+
+/// Where writes go.
+pub enum Volume {
+    Delta { path: PathBuf, create: bool, size: Option<u64>, cluster: Option<ClusterSize> },
+    Ephemeral { directory: PathBuf, size: Option<u64>, cluster: Option<ClusterSize> },
+    ReadOnly,
+}
+
+/// Where front ends come from.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Place {
+    Path(PathBuf),
+    Descriptor(RawFd),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Path(path) => path.display().fmt(f),
+            Place::Descriptor(number) => write!(f, "descriptor {number}"),
+        }
+    }
+}
+
+/// What was typed.
+#[derive(Default)]
+struct Typed {
+    base: Option<PathBuf>,
+    blank: bool,
+    delta: Option<PathBuf>,
+    create: bool,
+    ephemeral: Option<PathBuf>,
+    read_only: bool,
+    size: Option<u64>,
+    cluster: Option<ClusterSize>,
+    base_digest: Option<Digest>,
+    place: Option<Place>,
+    queues: Option<u16>,
+    ring_size_max: Option<u16>,
+    serial: Option<String>,
+    log_level: Option<log::LevelFilter>,
+}
+
+/// Reads the command line.
+pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
+    if arguments.iter().skip(1).eq([WORKER_ARGUMENT]) {
+        return Ok(Invocation::Worker);
+    }
+    // By QEMU's conventions, everything else is ignored then.
+    if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
+        return Ok(Invocation::Print(CAPABILITIES.to_owned()));
+    }
+    let mut typed = Typed::default();
+    let mut parser = lexopt::Parser::from_iter(arguments);
+    while let Some(argument) = parser.next()? {
+        use lexopt::prelude::{Long, Short};
+        match argument {
+            Long("help") | Short('h') => return Ok(Invocation::Print(HELP.to_owned())),
+            Long("version") | Short('V') => {
+                return Ok(Invocation::Print(format!("pando-blk {}\n", env!("CARGO_PKG_VERSION"))));
+            }
+            Long("base" | "blk-file") => once(&mut typed.base, "--base", parser.value()?.into())?,
+            Long("blank") => typed.blank = true,
+            Long("delta") => once(&mut typed.delta, "--delta", parser.value()?.into())?,
+            Long("create") => typed.create = true,
+            Long("ephemeral") => {
+                let directory = parser.optional_value().unwrap_or_else(|| "/var/tmp".into());
+                once(&mut typed.ephemeral, "--ephemeral", directory.into())?;
+            }
+            Long("read-only") => typed.read_only = true,
+            Long("size") => once(&mut typed.size, "--size", value::<ByteCount>(&mut parser, "--size")?.0)?,
+            Long("cluster-size") => {
+                let bytes: ByteCount = value(&mut parser, "--cluster-size")?;
+                let cluster = ClusterSize::from_bytes(bytes.0);
+                let cluster =
+                    cluster.with_context(|| format!("--cluster-size {}: expected 4K, 8K, 16K, 32K or 64K", bytes.0))?;
+                once(&mut typed.cluster, "--cluster-size", cluster)?;
+            }
+            Long("base-digest") => once(&mut typed.base_digest, "--base-digest", value(&mut parser, "--base-digest")?)?,
+            Long("socket-path") => {
+                once(&mut typed.place, "--socket-path or --fd", Place::Path(parser.value()?.into()))?;
+            }
+            Long("fd") => {
+                once(&mut typed.place, "--socket-path or --fd", Place::Descriptor(value(&mut parser, "--fd")?))?;
+            }
+            Long("queues") => once(&mut typed.queues, "--queues", value(&mut parser, "--queues")?)?,
+            Long("queue-size") => once(&mut typed.ring_size_max, "--queue-size", value(&mut parser, "--queue-size")?)?,
+            Long("serial") => once(&mut typed.serial, "--serial", value(&mut parser, "--serial")?)?,
+            Long("log") => once(&mut typed.log_level, "--log", value(&mut parser, "--log")?)?,
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    typed.mean().map(|options| Invocation::Serve(Box::new(options)))
+}
+
+fn once<T>(place: &mut Option<T>, name: &str, value: T) -> anyhow::Result<()> {
+    ensure!(place.replace(value).is_none(), "{name} is given twice");
+    Ok(())
+}
+
+fn value<T: std::str::FromStr>(parser: &mut lexopt::Parser, name: &str) -> anyhow::Result<T>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    let typed = parser.value()?;
+    let text = typed.to_str().with_context(|| format!("{name}: {typed:?} is not text"))?;
+    text.parse().with_context(|| format!("{name} {text}"))
+}
+
+impl Typed {
+    fn mean(self) -> anyhow::Result<Options> {
+        if self.blank {
+            ensure!(self.base.is_none(), "--blank is a volume without an image: leave --base out, or --blank");
+            ensure!(!self.read_only, "--blank with --read-only would be a disk of nothing");
+        } else if self.base.is_none() {
+            bail!("no image: expected --base IMAGE, or --blank for a plain private disk");
+        }
+        let creates = self.create || self.ephemeral.is_some();
+        ensure!(
+            self.cluster.is_none() || creates,
+            "--cluster-size is for a delta to be created: add --create, or leave it out"
+        );
+        let volume = match (self.delta, self.ephemeral, self.read_only) {
+            (Some(path), None, false) => {
+                Volume::Delta { path, create: self.create, size: self.size, cluster: self.cluster }
+            }
+            (None, Some(directory), false) => {
+                ensure!(self.size.is_some() || !self.blank, "--blank with --ephemeral needs a --size");
+                Volume::Ephemeral { directory, size: self.size, cluster: self.cluster }
+            }
+            (None, None, true) => {
+                ensure!(self.size.is_none(), "--read-only shows the image as it is: leave --size out");
+                Volume::ReadOnly
+            }
+            (None, None, false) => bail!(
+                "where are writes to go? Expected one of:\n  --delta FILE    to a private file, and they stay\n  \
+                 --ephemeral     to a private file that goes when this process ends\n  --read-only     nowhere: they are refused"
+            ),
+            _ => bail!("expected only one of --delta, --ephemeral and --read-only"),
+        };
+        if let Volume::Ephemeral { .. } | Volume::ReadOnly = volume {
+            ensure!(!self.create, "--create goes with --delta");
+        }
+        let place = self.place.context("no socket: expected --socket-path PATH or --fd N")?;
+        let queues = self.queues.unwrap_or(16);
+        // Each ring that runs costs a thread and some descriptors.
+        ensure!((1..=256).contains(&queues), "--queues {queues}: expected 1 to 256");
+        let ring_size_max = self.ring_size_max.unwrap_or(RING_SIZE_MAX);
+        ensure!(
+            ring_size_max.is_power_of_two() && ring_size_max <= RING_SIZE_MAX,
+            "--queue-size {ring_size_max}: expected a power of two from 1 to {RING_SIZE_MAX}"
+        );
+        if let Some(serial) = &self.serial {
+            let fits = !serial.is_empty()
+                && serial.len() <= SERIAL_BYTES
+                && serial.bytes().all(|byte| byte.is_ascii_graphic());
+            ensure!(
+                fits,
+                "--serial {serial:?}: expected 1 to {SERIAL_BYTES} printable ASCII characters without spaces"
+            );
+        }
+        Ok(Options {
+            volume,
+            base: self.base,
+            base_digest: self.base_digest,
+            place,
+            queues,
+            ring_size_max,
+            serial: self.serial,
+            log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
+        })
+    }
+}

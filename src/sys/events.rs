@@ -1,0 +1,52 @@
+//! Waiting: [`Epoll`] over descriptors, and event descriptors written without reading them.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// A set of descriptors to wait for.
+pub struct Epoll {
+    descriptor: OwnedFd,
+}
+
+impl Epoll {
+    /// An empty set.
+    pub fn new() -> io::Result<Epoll> {
+        let descriptor = epoll::create(true)?;
+        // SAFETY: the call succeeded, so it is an open descriptor that nobody else owns.
+        Ok(Epoll { descriptor: unsafe { OwnedFd::from_raw_fd(descriptor) } })
+    }
+
+    /// Adds a descriptor that wakes a waiter each time that something is written to it.
+    ///
+    /// Edge-triggered, so an event descriptor need not be read: nothing can block on it, and a wake-up costs one system
+    /// call less.
+    pub fn add_edge(&self, descriptor: &impl AsRawFd) -> io::Result<()> {
+        self.add(descriptor, epoll::Events::EPOLLIN | epoll::Events::EPOLLET)
+    }
+
+    /// Adds a descriptor that wakes a waiter for as long as it can be read.
+    pub fn add_level(&self, descriptor: &impl AsRawFd) -> io::Result<()> {
+        self.add(descriptor, epoll::Events::EPOLLIN)
+    }
+
+    fn add(&self, descriptor: &impl AsRawFd, events: epoll::Events) -> io::Result<()> {
+        let event = epoll::Event::new(events, 0);
+        let fd = descriptor.as_raw_fd();
+        epoll::ctl(self.descriptor.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
+    }
+
+    /// Waits until a descriptor of the set wakes it.
+    pub fn wait(&self) -> io::Result<()> {
+        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 4];
+        match epoll::wait(self.descriptor.as_raw_fd(), -1, &mut events) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Adds one to an event descriptor, which wakes whoever waits for it.
+pub fn signal(event: &File) -> io::Result<()> {
+    (&*event).write_all(&1u64.to_ne_bytes())
+}

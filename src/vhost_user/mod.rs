@@ -1,0 +1,18 @@
+//! One guest's device: vhost-user with the front end on one side, a [`crate::block::Volume`] on the other.
+//!
+//! Knows a volume, and never what is behind it. Two processes, of one program:
+//!
+//! - the **keeper** ([`keeper`], [`session`]) speaks with the front end and holds what it has said;
+//! - the **worker** ([`worker`], [`queue`], [`ring`], [`request`]) maps the guest's memory and moves the bytes.
+//!
+//! [`order`] is all that they say to each other. [`device`] is what a driver gets to know; both use it.
+
+pub mod attachment;
+pub mod device;
+pub mod keeper;
+pub mod order;
+pub mod queue;
+pub mod request;
+pub mod ring;
+pub mod session;
+pub mod worker;

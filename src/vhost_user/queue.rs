@@ -1,0 +1,253 @@
+//! [`Queue`]: the thread that serves one ring.
+//!
+//! It takes a batch of requests from the ring, carries them out, makes their marks safe with one write, publishes all their completions with
+//! one store, and notifies the driver at most once. It owns its ring: whatever changes about a ring stops the thread and
+//! starts another, so there is nothing to lock.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::block::{Batch, Volume};
+use crate::sys::buffers::Writable;
+use crate::sys::events::{self, Epoll};
+use crate::sys::guest::GuestMemory;
+
+use super::device::{self, Device};
+use super::request::{self, RequestError, Status};
+use super::ring::{Chain, Ring, RingError};
+
+/// Requests of one batch: enough to share the costs of a batch, few enough that the first does not wait long for the last.
+const BATCH_REQUESTS: u16 = 64;
+
+/// What serving a ring takes.
+pub struct Queue {
+    /// Number of the ring.
+    pub index: u16,
+    /// The ring.
+    pub ring: Ring,
+    /// The guest's memory.
+    pub memory: Arc<GuestMemory>,
+    /// The volume.
+    pub volume: Arc<Volume>,
+    /// What the driver was told.
+    pub device: Arc<Device>,
+    /// The features that the driver took.
+    pub features: u64,
+    /// Written by the driver when requests wait.
+    pub kick: File,
+    /// Written for the driver when completions wait.
+    pub call: Option<File>,
+    /// Written for the front end when the ring is broken.
+    pub error: Option<File>,
+}
+
+/// A queue's thread.
+pub struct RunningQueue {
+    thread: JoinHandle<u16>,
+    stop: Arc<Stop>,
+}
+
+struct Stop {
+    asked: AtomicBool,
+    wake: EventFd,
+}
+
+impl RunningQueue {
+    /// Starts the thread.
+    pub fn start(queue: Queue) -> io::Result<RunningQueue> {
+        let stop = Arc::new(Stop { asked: AtomicBool::new(false), wake: EventFd::new(libc::EFD_CLOEXEC)? });
+        let epoll = Epoll::new()?;
+        epoll.add_edge(&queue.kick)?;
+        epoll.add_level(&stop.wake)?;
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name(format!("queue {}", queue.index))
+            .stack_size(256 << 10)
+            .spawn(move || queue.serve(&epoll, &seen))?;
+        Ok(RunningQueue { thread, stop })
+    }
+
+    /// Stops the thread once all requests that it has taken are complete, and says which entry of the available ring comes next.
+    pub fn stop(self) -> io::Result<u16> {
+        self.stop.asked.store(true, Ordering::Release);
+        self.stop.wake.write(1)?;
+        self.thread.join().map_err(|_| io::Error::other("the queue's thread panicked"))
+    }
+}
+
+/// A completion that waits for the batch's commit.
+struct Completion<'m> {
+    head: u16,
+    data_bytes: u32,
+    status: Status,
+    status_place: Option<Writable<'m>>,
+    wrote: bool,
+}
+
+impl Queue {
+    fn serve(mut self, epoll: &Epoll, stop: &Stop) -> u16 {
+        let mut complaints = Complaints::new(self.index);
+        if let Err(error) = self.serve_until_stopped(epoll, stop, &mut complaints) {
+            log::error!("ring {}: {error}; it is served no further", self.index);
+            if let Some(report) = &self.error
+                && let Err(error) = events::signal(report)
+            {
+                log::warn!("ring {}: cannot tell the front end so: {error}", self.index);
+            }
+            while !stop.asked.load(Ordering::Acquire) {
+                if let Err(error) = epoll.wait() {
+                    log::error!("ring {}: cannot wait: {error}", self.index);
+                    break;
+                }
+            }
+        }
+        self.ring.next_available()
+    }
+
+    fn serve_until_stopped(
+        &mut self,
+        epoll: &Epoll,
+        stop: &Stop,
+        complaints: &mut Complaints,
+    ) -> Result<(), QueueError> {
+        let memory = Arc::clone(&self.memory);
+        let mut batch = Batch::default();
+        let mut chain = Chain::default();
+        let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
+        self.ring.suspend_kicks();
+        while !stop.asked.load(Ordering::Acquire) {
+            let waiting = self.ring.waiting()?;
+            if waiting > 0 {
+                let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
+                // What was taken is completed also when the ring broke behind it.
+                self.finish_batch(&mut completions, &mut batch, complaints);
+                result?;
+            } else if !self.ring.resume_kicks() {
+                epoll.wait().map_err(QueueError::Wait)?;
+                self.ring.suspend_kicks();
+            }
+        }
+        self.ring.resume_kicks();
+        Ok(())
+    }
+
+    fn serve_batch<'m>(
+        &mut self,
+        waiting: u16,
+        memory: &'m GuestMemory,
+        chain: &mut Chain<'m>,
+        completions: &mut Vec<Completion<'m>>,
+        batch: &mut Batch,
+        complaints: &mut Complaints,
+    ) -> Result<(), RingError> {
+        for _ in 0..waiting.min(BATCH_REQUESTS) {
+            let head = self.ring.take()?;
+            if let Err(error) = self.ring.chain(head, memory, chain) {
+                complaints.guests(&error);
+                // Without a chain there is no place for a status either; the driver gets its descriptors back.
+                let nothing =
+                    Completion { head, data_bytes: 0, status: Status::IoError, status_place: None, wrote: false };
+                completions.push(nothing);
+                continue;
+            }
+            let outcome = request::execute(chain, &self.volume, &self.device.description().serial, batch);
+            let status = match &outcome.result {
+                Ok(()) => Status::Ok,
+                Err(error) => {
+                    complaints.request(error);
+                    error.status()
+                }
+            };
+            let data_bytes = if status == Status::Ok { outcome.data_bytes } else { 0 };
+            let status_place = outcome.status_place;
+            completions.push(Completion { head, data_bytes, status, status_place, wrote: outcome.wrote });
+        }
+        Ok(())
+    }
+
+    /// Makes the batch's writes safe, and then shows its completions to the driver.
+    fn finish_batch(&mut self, completions: &mut Vec<Completion<'_>>, batch: &mut Batch, complaints: &mut Complaints) {
+        let mut safe = self.volume.commit(batch);
+        if safe.is_ok()
+            && completions.iter().any(|completion| completion.wrote)
+            && device::is_write_through(self.features, self.device.writeback())
+        {
+            safe = self.volume.flush();
+        }
+        if let Err(error) = &safe {
+            complaints.hosts(error);
+        }
+        for completion in completions.drain(..) {
+            let status = if completion.wrote && safe.is_err() { Status::IoError } else { completion.status };
+            let status_bytes = completion.status_place.map_or(0, |place| place.copy_from_slice(&[status as u8]) as u32);
+            self.ring.complete(completion.head, completion.data_bytes + status_bytes);
+        }
+        if self.ring.publish()
+            && let Some(call) = &self.call
+            && let Err(error) = events::signal(call)
+        {
+            complaints.hosts(&error);
+        }
+    }
+}
+
+/// Why a ring is served no further.
+#[derive(Debug, thiserror::Error)]
+enum QueueError {
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error("cannot wait for its driver: {0}")]
+    Wait(#[source] io::Error),
+}
+
+/// Log lines about requests, at most one a second: what a guest can cause a million times must not fill the log.
+struct Complaints {
+    ring: u16,
+    last: Option<Instant>,
+    held_back: u64,
+}
+
+impl Complaints {
+    const INTERVAL: Duration = Duration::from_secs(1);
+
+    fn new(ring: u16) -> Complaints {
+        Complaints { ring, last: None, held_back: 0 }
+    }
+
+    #[cold]
+    fn request(&mut self, error: &RequestError) {
+        if error.is_hosts() { self.hosts(error) } else { self.guests(error) }
+    }
+
+    /// About something that the guest did.
+    #[cold]
+    fn guests(&mut self, error: &dyn std::error::Error) {
+        self.say(log::Level::Warn, error);
+    }
+
+    /// About something that the host's operators have to see to.
+    #[cold]
+    fn hosts(&mut self, error: &dyn std::error::Error) {
+        self.say(log::Level::Error, error);
+    }
+
+    fn say(&mut self, level: log::Level, error: &dyn std::error::Error) {
+        if self.last.is_some_and(|last| last.elapsed() < Self::INTERVAL) {
+            self.held_back += 1;
+            return;
+        }
+        self.last = Some(Instant::now());
+        let causes = std::iter::successors(error.source(), |error| error.source())
+            .fold(String::new(), |causes, cause| causes + ": " + &cause.to_string());
+        match std::mem::take(&mut self.held_back) {
+            0 => log::log!(level, "ring {}: {error}{causes}", self.ring),
+            count => log::log!(level, "ring {}: {error}{causes} ({count} more held back)", self.ring),
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! One virtio-blk request (virtio 1.3, section 5.2.6): read from its buffers, checked once, and carried out on a volume.
+//!
+//! The header, the data and the status may be spread over the buffers in any way. Whatever is wrong with a request is an answer
+//! to the driver: I/O error or unsupported.
+
+use virtio_bindings::virtio_blk;
+
+use crate::block::{self, Batch, Volume};
+use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
+use crate::units::{is_whole_sectors, sectors_to_bytes};
+
+use super::device::{RANGE_SECTORS_MAX, RANGES_MAX, SERIAL_BYTES};
+use super::ring::Chain;
+
+const HEADER_BYTES: usize = 16;
+const RANGE_BYTES: usize = 16;
+/// Bytes of data in one request. Far above what drivers send; a chain may name the same memory many times.
+const DATA_BYTES_MAX: u64 = 256 << 20;
+
+/// What a driver can be told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Status {
+    Ok = virtio_blk::VIRTIO_BLK_S_OK as u8,
+    IoError = virtio_blk::VIRTIO_BLK_S_IOERR as u8,
+    Unsupported = virtio_blk::VIRTIO_BLK_S_UNSUPP as u8,
+}
+
+/// Why a request got another answer than "ok".
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// There is no place for a status, so there is no answer.
+    #[error("the request has no writable byte for its status")]
+    NoStatus,
+    /// Not all of a header.
+    #[error("the request has {len} readable bytes: expected a header of 16")]
+    Header { len: u64 },
+    /// A type that does not exist or was not offered.
+    #[error("request type {kind} is not supported")]
+    Kind { kind: u32 },
+    /// An amount of data that cannot be.
+    #[error("{len} bytes of data: expected {expected}")]
+    DataLength { len: u64, expected: &'static str },
+    /// A sector past any disk's end.
+    #[error("sector {sector} does not exist")]
+    Sector { sector: u64 },
+    /// More in one range than the configuration space says.
+    #[error("a range of {sectors} sectors: expected at most {RANGE_SECTORS_MAX}")]
+    RangeLength { sectors: u32 },
+    /// A flag of a range that does not exist for this type.
+    #[error("range flags {flags:#x} are not supported here")]
+    RangeFlags { flags: u32 },
+    /// The volume refused.
+    #[error(transparent)]
+    Volume(#[from] block::Error),
+}
+
+impl RequestError {
+    /// What the driver is told.
+    pub fn status(&self) -> Status {
+        match self {
+            RequestError::Kind { .. } | RequestError::RangeFlags { .. } => Status::Unsupported,
+            _ => Status::IoError,
+        }
+    }
+
+    /// Whether the host's files are the cause, and not the guest.
+    pub fn is_hosts(&self) -> bool {
+        use block::Error;
+        matches!(self, RequestError::Volume(Error::Io { .. } | Error::Corrupt { .. } | Error::Latched { .. }))
+    }
+}
+
+/// What a carried-out request leaves to do.
+pub struct Outcome<'m> {
+    /// The byte for the status; none when the driver gave none.
+    pub status_place: Option<Writable<'m>>,
+    /// What went wrong, if anything.
+    pub result: Result<(), RequestError>,
+    /// Bytes of data that the device wrote, without the status.
+    pub data_bytes: u32,
+    /// Whether it wrote to the volume, and so depends on the batch's commit.
+    pub wrote: bool,
+}
+
+/// The fixed part of a request.
+struct Header {
+    kind: u32,
+    sector: u64,
+}
+
+/// Carries out the request in `chain`. A write is complete when the outcome is ok and `batch` has been committed.
+#[inline]
+pub fn execute<'m>(
+    chain: &mut Chain<'m>,
+    volume: &Volume,
+    serial: &[u8; SERIAL_BYTES],
+    batch: &mut Batch,
+) -> Outcome<'m> {
+    let mut outcome = Outcome { status_place: take_status(chain), result: Ok(()), data_bytes: 0, wrote: false };
+    if outcome.status_place.is_none() {
+        outcome.result = Err(RequestError::NoStatus);
+        return outcome;
+    }
+    outcome.result = carry_out(chain, volume, serial, batch, &mut outcome.data_bytes, &mut outcome.wrote);
+    outcome
+}
+
+fn carry_out(
+    chain: &mut Chain<'_>,
+    volume: &Volume,
+    serial: &[u8; SERIAL_BYTES],
+    batch: &mut Batch,
+    data_bytes: &mut u32,
+    wrote: &mut bool,
+) -> Result<(), RequestError> {
+    let (header, first) = take_header(chain)?;
+    let readable = &chain.readable[first..];
+    match header.kind {
+        virtio_blk::VIRTIO_BLK_T_IN => {
+            let len = check_data(total_len_writable(&chain.writable))?;
+            volume.read(offset_of(header.sector)?, &chain.writable)?;
+            *data_bytes = len;
+            Ok(())
+        }
+        virtio_blk::VIRTIO_BLK_T_OUT => {
+            check_data(total_len_readable(readable))?;
+            *wrote = true;
+            Ok(volume.write(offset_of(header.sector)?, readable, batch)?)
+        }
+        virtio_blk::VIRTIO_BLK_T_FLUSH => Ok(volume.flush()?),
+        virtio_blk::VIRTIO_BLK_T_GET_ID => {
+            let mut rest = &serial[..];
+            for buffer in &chain.writable {
+                rest = &rest[buffer.copy_from_slice(rest)..];
+            }
+            *data_bytes = (SERIAL_BYTES - rest.len()) as u32;
+            if *data_bytes == 0 {
+                return Err(RequestError::DataLength { len: 0, expected: "room for a serial number of 20 bytes" });
+            }
+            Ok(())
+        }
+        kind @ (virtio_blk::VIRTIO_BLK_T_DISCARD | virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES) => {
+            *wrote = true;
+            ranges(kind, readable, volume, batch)
+        }
+        kind => Err(RequestError::Kind { kind }),
+    }
+}
+
+/// Takes the status byte, the last of what is writable, off the chain.
+fn take_status<'m>(chain: &mut Chain<'m>) -> Option<Writable<'m>> {
+    while let Some(last) = chain.writable.last_mut() {
+        let Some(before) = last.len().checked_sub(1) else {
+            chain.writable.pop();
+            continue;
+        };
+        let status = last.part(before, 1);
+        if before == 0 {
+            chain.writable.pop();
+        } else {
+            *last = last.part(0, before);
+        }
+        return Some(status);
+    }
+    None
+}
+
+/// Takes the header off the chain: also says which readable buffer the data starts with.
+fn take_header(chain: &mut Chain<'_>) -> Result<(Header, usize), RequestError> {
+    let mut bytes = [0; HEADER_BYTES];
+    let mut found = 0;
+    let mut first = 0;
+    while found < HEADER_BYTES {
+        let Some(buffer) = chain.readable.get_mut(first) else {
+            return Err(RequestError::Header { len: found as u64 });
+        };
+        let len = buffer.copy_to_slice(&mut bytes[found..]);
+        found += len;
+        if len == buffer.len() {
+            first += 1;
+        } else {
+            *buffer = buffer.part(len, usize::MAX);
+        }
+    }
+    let value = u128::from_le_bytes(bytes);
+    // Between the two: the I/O priority, which means nothing to a host.
+    Ok((Header { kind: value as u32, sector: (value >> 64) as u64 }, first))
+}
+
+fn check_data(len: u64) -> Result<u32, RequestError> {
+    if !is_whole_sectors(len) || len == 0 {
+        return Err(RequestError::DataLength { len, expected: "a multiple of 512, not zero" });
+    }
+    if len > DATA_BYTES_MAX {
+        return Err(RequestError::DataLength { len, expected: "at most 256 MiB" });
+    }
+    Ok(len as u32)
+}
+
+fn offset_of(sector: u64) -> Result<u64, RequestError> {
+    sectors_to_bytes(sector).ok_or(RequestError::Sector { sector })
+}
+
+/// Carries out the ranges of a discard or write-zeroes request. All are checked before the first is carried out.
+fn ranges(kind: u32, readable: &[Readable<'_>], volume: &Volume, batch: &mut Batch) -> Result<(), RequestError> {
+    let len = total_len_readable(readable);
+    if len == 0 || !len.is_multiple_of(RANGE_BYTES as u64) || len > u64::from(RANGES_MAX) * RANGE_BYTES as u64 {
+        return Err(RequestError::DataLength { len, expected: "1 to 64 ranges of 16 bytes" });
+    }
+    if volume.is_read_only() {
+        return Err(block::Error::ReadOnly.into());
+    }
+    let mut bytes = [0; RANGES_MAX as usize * RANGE_BYTES];
+    let mut found = 0;
+    for buffer in readable {
+        found += buffer.copy_to_slice(&mut bytes[found..]);
+    }
+    let ranges = bytes[..found].as_chunks::<RANGE_BYTES>().0.iter().map(|bytes| {
+        let value = u128::from_le_bytes(*bytes);
+        (value as u64, (value >> 64) as u32, (value >> 96) as u32)
+    });
+    let unmap = virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+    let allowed = if kind == virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES { unmap } else { 0 };
+    for (sector, sectors, flags) in ranges.clone() {
+        if flags & !allowed != 0 {
+            return Err(RequestError::RangeFlags { flags });
+        }
+        if sectors > RANGE_SECTORS_MAX {
+            return Err(RequestError::RangeLength { sectors });
+        }
+        let (offset, len) = (offset_of(sector)?, offset_of(u64::from(sectors))?);
+        volume.check_range(offset, len)?;
+    }
+    for (sector, sectors, flags) in ranges {
+        let (offset, len) = (offset_of(sector)?, offset_of(u64::from(sectors))?);
+        if kind == virtio_blk::VIRTIO_BLK_T_DISCARD {
+            volume.discard(offset, len)?;
+        } else {
+            volume.write_zeroes(offset, len, flags & unmap != 0, batch)?;
+        }
+    }
+    Ok(())
+}

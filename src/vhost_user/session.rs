@@ -1,0 +1,418 @@
+//! [`Session`]: one front end's connection, as the keeper sees it.
+//!
+//! Holds what the front end has said (features, memory, rings, event descriptors) and turns each change that matters into an order
+//! for the worker. A ring runs while it has a place, a kick descriptor, memory, and is both started and enabled; the front end may say
+//! these things in any order, and again. Maps no guest memory and touches no ring.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Backend, Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
+
+use crate::sys::guest::RegionPlace;
+
+use super::attachment::Offer;
+use super::device::{Device, PROTOCOL_FEATURES_BIT};
+use super::keeper::{Worker, WorkerError};
+use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder};
+use super::ring::RingPlace;
+
+type Result<T> = std::result::Result<T, ProtocolError>;
+
+/// Why a front end's message is refused, which ends the connection.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// A ring that was not offered.
+    #[error("ring {index} does not exist: {queues} are offered")]
+    Ring { index: u32, queues: u16 },
+    /// A size that cannot be.
+    #[error("ring {index} of {size} descriptors: expected a power of two from 1 to {max}")]
+    RingSize { index: u32, size: u32, max: u16 },
+    /// An index that cannot be.
+    #[error("ring {index} from entry {base}: expected 0 to 65535")]
+    RingBase { index: u32, base: u32 },
+    /// Polling a ring that never kicks is not done.
+    #[error("ring {index} comes without a kick descriptor: expected an eventfd")]
+    NoKick { index: u32 },
+    /// Features that were not offered.
+    #[error("features {features:#x} were taken, and only {offered:#x} are offered")]
+    Features { features: u64, offered: u64 },
+    /// Too many regions.
+    #[error("{count} memory regions: expected at most {REGIONS_MAX}")]
+    Regions { count: usize },
+    /// A region that is not there.
+    #[error("memory region {place:x?} is to be removed and does not exist")]
+    UnknownRegion { place: RegionPlace },
+    /// Something that was not offered.
+    #[error("{what} was not offered")]
+    NotOffered { what: &'static str },
+    /// The worker could not.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+}
+
+impl From<Refusal> for ProtocolError {
+    fn from(refusal: Refusal) -> ProtocolError {
+        ProtocolError::ReqHandlerError(io::Error::other(refusal))
+    }
+}
+
+/// One front end's connection.
+pub struct Session<'k> {
+    worker: &'k Worker,
+    device: &'k Device,
+    offer: &'k Offer,
+    features: u64,
+    regions: Vec<(RegionPlace, File)>,
+    rings: Vec<Ring>,
+    /// Where the front end takes messages; kept open for it.
+    _channel: Option<Backend>,
+}
+
+/// What the front end has said of a ring.
+#[derive(Default)]
+struct Ring {
+    place: RingPlace,
+    /// Whether the addresses have been given.
+    placed: bool,
+    /// Which entry of the available ring comes next, while it does not run.
+    next_available: u16,
+    kick: Option<File>,
+    call: Option<File>,
+    error: Option<File>,
+    /// Kicked to life, and not stopped since.
+    started: bool,
+    enabled: bool,
+    /// Whether the worker serves it.
+    runs: bool,
+}
+
+impl Ring {
+    fn should_run(&self) -> bool {
+        self.started && self.enabled && self.placed && self.place.size > 0 && self.kick.is_some()
+    }
+
+    fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.kick, &self.call, &self.error].into_iter().flatten().map(AsFd::as_fd)
+    }
+}
+
+impl<'k> Session<'k> {
+    /// A connection on which nothing has been said.
+    pub fn new(worker: &'k Worker, device: &'k Device, offer: &'k Offer) -> Session<'k> {
+        let rings = (0..offer.queues).map(|_| Ring::default()).collect();
+        // A driver that says nothing of the write cache finds it on, whatever the last one did.
+        device.set_writeback(true);
+        Session { worker, device, offer, features: 0, regions: Vec::new(), rings, _channel: None }
+    }
+
+    /// Stops all rings and forgets the guest's memory.
+    pub fn end(&mut self) -> std::result::Result<(), WorkerError> {
+        self.regions.clear();
+        self.features = 0;
+        let running = self.running();
+        running.iter().for_each(|index| self.rings[*index].runs = false);
+        let rings = running.into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
+        let order = SessionOrder { memory: Some(Vec::new()), rings, ..self.order() };
+        self.worker.ask(&Order::Become(order), &[]).map(drop)
+    }
+
+    fn running(&self) -> Vec<usize> {
+        (0..self.rings.len()).filter(|index| self.rings[*index].runs).collect()
+    }
+
+    /// An order that changes nothing but what has changed by itself.
+    fn order(&self) -> SessionOrder {
+        SessionOrder { features: self.features, writeback: self.device.writeback(), ..SessionOrder::default() }
+    }
+
+    fn index(&self, index: u32) -> std::result::Result<usize, Refusal> {
+        match usize::try_from(index) {
+            Ok(found) if found < self.rings.len() => Ok(found),
+            _ => Err(Refusal::Ring { index, queues: self.offer.queues }),
+        }
+    }
+
+    /// Changes something about a ring: it is stopped first, all that it has taken complete, and started again afterwards if it should
+    /// still run.
+    fn change(&mut self, index: usize, change: impl FnOnce(&mut Ring)) -> Result<()> {
+        self.stop(index)?;
+        change(&mut self.rings[index]);
+        self.start(index)
+    }
+
+    fn stop(&mut self, index: usize) -> Result<()> {
+        if !self.rings[index].runs {
+            return Ok(());
+        }
+        let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: None }], ..self.order() };
+        let stopped = self.worker.ask(&Order::Become(order), &[]).map_err(Refusal::from)?;
+        self.rings[index].runs = false;
+        if let Some((_, next_available)) = stopped.into_iter().find(|(stopped, _)| usize::from(*stopped) == index) {
+            self.rings[index].next_available = next_available;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, index: usize) -> Result<()> {
+        let ring = &self.rings[index];
+        if ring.runs || !ring.should_run() || self.regions.is_empty() {
+            return Ok(());
+        }
+        let run = RingRun {
+            place: ring.place,
+            next_available: ring.next_available,
+            has_call: ring.call.is_some(),
+            has_error: ring.error.is_some(),
+        };
+        let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: Some(run) }], ..self.order() };
+        let descriptors: Vec<BorrowedFd> = ring.events().collect();
+        self.worker.ask(&Order::Become(order), &descriptors).map_err(Refusal::from)?;
+        self.rings[index].runs = true;
+        Ok(())
+    }
+
+    /// Tells the worker of the memory as it is now. Rings that run go on over it.
+    fn tell_memory(&mut self) -> Result<()> {
+        if self.regions.len() > REGIONS_MAX {
+            return Err(Refusal::Regions { count: self.regions.len() }.into());
+        }
+        let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
+        let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
+        let order = SessionOrder { memory, ..self.order() };
+        self.worker.ask(&Order::Become(order), &descriptors).map_err(Refusal::from)?;
+        (0..self.rings.len()).try_for_each(|index| self.start(index))
+    }
+
+    /// Stops all rings, as if they had never been started.
+    fn reset(&mut self) -> Result<()> {
+        for index in 0..self.rings.len() {
+            self.stop(index)?;
+            self.rings[index] = Ring::default();
+        }
+        Ok(())
+    }
+}
+
+fn place_of(guest_address: u64, bytes: u64, user_address: u64, file_offset: u64) -> RegionPlace {
+    RegionPlace { guest_address, user_address, bytes, file_offset }
+}
+
+fn not_offered<T>(what: &'static str) -> Result<T> {
+    Err(Refusal::NotOffered { what }.into())
+}
+
+impl VhostUserBackendReqHandlerMut for Session<'_> {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset()
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.device.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let offered = self.device.features();
+        if features & !offered != 0 {
+            return Err(Refusal::Features { features, offered }.into());
+        }
+        self.features = features;
+        self.worker.ask(&Order::Become(self.order()), &[]).map_err(Refusal::from)?;
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(Device::protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let offered = Device::protocol_features().bits();
+        if features & !offered != 0 {
+            return Err(Refusal::Features { features, offered }.into());
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let place = |region: &VhostUserMemoryRegion| {
+            // Copied field by field: the crate's structure is packed.
+            let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *region;
+            place_of(guest_phys_addr, memory_size, user_addr, mmap_offset)
+        };
+        self.regions = regions.iter().map(place).zip(files).collect();
+        self.tell_memory().map(|()| None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(REGIONS_MAX as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let place = place_of(region.guest_phys_addr, region.memory_size, region.user_addr, region.mmap_offset);
+        self.regions.push((place, file));
+        self.tell_memory().map(|()| None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let place = place_of(region.guest_phys_addr, region.memory_size, region.user_addr, region.mmap_offset);
+        // The offset in the file is not compared: the protocol identifies a region by its addresses and size.
+        let is_it = |found: &RegionPlace| RegionPlace { file_offset: place.file_offset, ..*found } == place;
+        let Some(index) = self.regions.iter().position(|(found, _)| is_it(found)) else {
+            return Err(Refusal::UnknownRegion { place }.into());
+        };
+        self.regions.remove(index);
+        self.tell_memory()
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.offer.queues.into())
+    }
+
+    fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
+        let ring = self.index(index)?;
+        let max = self.offer.ring_size_max;
+        match u16::try_from(size) {
+            Ok(size) if size.is_power_of_two() && size <= max => self.change(ring, |ring| ring.place.size = size),
+            _ => Err(Refusal::RingSize { index, size, max }.into()),
+        }
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptors: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let index = self.index(index)?;
+        let place = RingPlace { descriptors, available, used, ..self.rings[index].place };
+        if self.rings[index].placed && self.rings[index].place == place {
+            return Ok(());
+        }
+        self.change(index, |ring| (ring.place, ring.placed) = (place, true))
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let ring = self.index(index)?;
+        let base = u16::try_from(base).map_err(|_| Refusal::RingBase { index, base })?;
+        self.change(ring, |ring| ring.next_available = base)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let found = self.index(index)?;
+        self.stop(found)?;
+        let ring = &mut self.rings[found];
+        // Started again by a new kick descriptor alone.
+        ring.started = false;
+        ring.kick = None;
+        Ok(VhostUserVringState::new(index, ring.next_available.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
+        let ring = self.index(index.into())?;
+        if kick.is_none() {
+            return Err(Refusal::NoKick { index: index.into() }.into());
+        }
+        let starts_enabled = self.features & PROTOCOL_FEATURES_BIT == 0;
+        self.change(ring, |ring| {
+            ring.kick = kick;
+            ring.started = true;
+            ring.enabled |= starts_enabled;
+        })
+    }
+
+    fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
+        let ring = self.index(index.into())?;
+        self.change(ring, |ring| ring.call = call)
+    }
+
+    fn set_vring_err(&mut self, index: u8, error: Option<File>) -> Result<()> {
+        let ring = self.index(index.into())?;
+        self.change(ring, |ring| ring.error = error)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let ring = self.index(index)?;
+        if self.rings[ring].enabled == enable {
+            return Ok(());
+        }
+        self.change(ring, |ring| ring.enabled = enable)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(self.device.config(offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.device.set_config(offset, bytes);
+        self.worker.ask(&Order::Become(self.order()), &[]).map_err(Refusal::from)?;
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, channel: Backend) {
+        self._channel = Some(channel);
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        not_offered("a GPU socket")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered("a shared object")
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        not_offered("an inflight region")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        not_offered("an inflight region")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        not_offered("a transfer of the device's state")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered("a transfer of the device's state")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered("shared memory")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered("a dirty log")
+    }
+}

@@ -1,0 +1,280 @@
+//! The worker: the process that moves the bytes. It maps the guest's memory, the base and the delta, and serves the rings.
+//!
+//! It knows no path, no socket but the one to its keeper, and nothing of vhost-user's messages: it is told what to be
+//! ([`super::order`]) and becomes it. It ends when its keeper does.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use crate::block::base::Base;
+use crate::block::delta::{Delta, OpenError, open};
+use crate::block::storage::FileStorage;
+use crate::block::{self, Volume};
+use crate::sys::guest::{GuestMemory, MapError};
+use crate::sys::process;
+use crate::units::ClusterSize;
+
+use super::device::{self, Description, Device, serial_from};
+use super::order::{
+    Answer, Conversation, Descriptors, Opened, Order, OrderError, RingOrder, RingRun, SessionOrder, VolumeOrder,
+};
+use super::queue::{Queue, RunningQueue};
+use super::ring::{Ring, RingError};
+
+/// The argument by which the program knows that it is to be a worker.
+pub const WORKER_ARGUMENT: &str = "--worker";
+
+/// Why an order was not carried out.
+#[derive(Debug, thiserror::Error)]
+enum WorkerError {
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    #[error("an order came out of turn")]
+    Turn,
+    #[error("cannot map the base")]
+    MapBase(#[source] io::Error),
+    #[error("cannot map {label}")]
+    MapDelta {
+        label: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    OpenDelta(#[from] OpenError),
+    #[error(transparent)]
+    Memory(#[from] MapError),
+    #[error("ring {index} cannot be served")]
+    Ring {
+        index: u16,
+        #[source]
+        source: RingError,
+    },
+    #[error("ring {index} cannot be started")]
+    Start {
+        index: u16,
+        #[source]
+        source: io::Error,
+    },
+    #[error("ring {index} cannot be stopped")]
+    Stop {
+        index: u16,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot close the volume")]
+    Close(#[source] block::Error),
+}
+
+/// Serves as a worker until the keeper says to close, or is gone.
+///
+/// To be called first thing in the process. Its standard input is the conversation with the keeper.
+pub fn run() -> io::Result<()> {
+    process::close_inherited()?;
+    let conversation = Conversation::of_worker(process::take_standard_input()?);
+    let mut worker: Option<Worker> = None;
+    loop {
+        let (order, descriptors) = match conversation.receive() {
+            Ok(received) => received,
+            Err(OrderError::Gone(_)) => {
+                log::debug!("the keeper is gone");
+                return Ok(());
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        let closes = matches!(order, Order::Close);
+        let answer = match carry_out(&mut worker, order, descriptors) {
+            Ok(answer) => answer,
+            Err(error) => Answer::Failed(chain_of(&error)),
+        };
+        match conversation.send(&answer, &[]) {
+            Err(OrderError::Gone(_)) => return Ok(()),
+            result => result.map_err(io::Error::other)?,
+        }
+        if closes {
+            return Ok(());
+        }
+    }
+}
+
+fn carry_out(worker: &mut Option<Worker>, order: Order, descriptors: Descriptors) -> Result<Answer, WorkerError> {
+    match (worker.as_mut(), order) {
+        (None, Order::Open(order)) => {
+            let (opened, started) = Worker::open(&order, descriptors)?;
+            *worker = Some(started);
+            Ok(Answer::Opened(opened))
+        }
+        (Some(worker), Order::Become(order)) => worker.become_as(order, descriptors).map(Answer::Done),
+        (Some(worker), Order::Close) => worker.close().map(|()| Answer::Done(Vec::new())),
+        (None, Order::Close) => Ok(Answer::Done(Vec::new())),
+        _ => Err(WorkerError::Turn),
+    }
+}
+
+/// An error and its causes, in one line.
+fn chain_of(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+struct Worker {
+    volume: Arc<Volume>,
+    device: Arc<Device>,
+    features: u64,
+    memory: Arc<GuestMemory>,
+    rings: BTreeMap<u16, RunningRing>,
+}
+
+/// A ring that runs, with all that it takes to start it again elsewhere.
+struct RunningRing {
+    run: RingRun,
+    events: RingEvents,
+    queue: RunningQueue,
+}
+
+/// A ring's descriptors.
+struct RingEvents {
+    kick: File,
+    call: Option<File>,
+    error: Option<File>,
+}
+
+impl Worker {
+    fn open(order: &VolumeOrder, mut descriptors: Descriptors) -> Result<(Opened, Worker), WorkerError> {
+        if let Some(level) = log::LevelFilter::iter().nth(order.log_level.into()) {
+            log::set_max_level(level);
+        }
+        let base = descriptors.take_if(order.has_base)?.map(File::from);
+        let base = base.map_or_else(Base::empty, |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
+        let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
+        descriptors.finish()?;
+        let (volume, uuid) = match (&order.delta, delta) {
+            (Some(delta), Some(file)) => {
+                let label = delta.label.clone();
+                let header = open::read_header(&file, &label)?;
+                let storage =
+                    FileStorage::new(file).map_err(|source| WorkerError::MapDelta { label: label.clone(), source })?;
+                let delta = Delta::start(storage, label, header, delta.lifetime())?;
+                let uuid = delta.uuid();
+                (Volume::cow(base, delta), uuid)
+            }
+            _ => (Volume::read_only(base), [0; 16]),
+        };
+        let serial = order.serial.unwrap_or_else(|| serial_from(&serial_of_uuid(uuid)));
+        let opened = Opened {
+            bytes: volume.bytes(),
+            read_only: volume.is_read_only(),
+            cluster_bytes: volume.cluster().bytes(),
+            serial,
+        };
+        let worker = Worker {
+            volume: Arc::new(volume),
+            device: Arc::new(Device::new(opened.description(order.queues))),
+            features: 0,
+            memory: Arc::default(),
+            rings: BTreeMap::new(),
+        };
+        Ok((opened, worker))
+    }
+
+    /// Becomes what the order says; the positions of the rings that it stops.
+    fn become_as(&mut self, order: SessionOrder, mut descriptors: Descriptors) -> Result<Vec<(u16, u16)>, WorkerError> {
+        let mut regions = Vec::new();
+        for place in order.memory.iter().flatten() {
+            regions.push((*place, File::from(descriptors.take()?)));
+        }
+        let mut changed = Vec::new();
+        for RingOrder { index, run } in order.rings {
+            let run = match run {
+                None => None,
+                Some(run) => {
+                    let kick = File::from(descriptors.take()?);
+                    let call = descriptors.take_if(run.has_call)?.map(File::from);
+                    let error = descriptors.take_if(run.has_error)?.map(File::from);
+                    Some((run, RingEvents { kick, call, error }))
+                }
+            };
+            changed.push((index, run));
+        }
+        descriptors.finish()?;
+        self.device.set_writeback(order.writeback);
+
+        // Rings that are not told anything go on where they are, over new memory and with new features.
+        let all_change = order.memory.is_some() || order.features != self.features;
+        let mut moved = BTreeMap::new();
+        let mut stopped = Vec::new();
+        for index in self.rings.keys().copied().collect::<Vec<_>>() {
+            let is_told = changed.iter().any(|(changed, _)| *changed == index);
+            if !all_change && !is_told {
+                continue;
+            }
+            let Some(ring) = self.rings.remove(&index) else { continue };
+            let next_available = ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
+            if is_told {
+                stopped.push((index, next_available));
+            } else {
+                moved.insert(index, (RingRun { next_available, ..ring.run }, ring.events));
+            }
+        }
+        self.features = order.features;
+        if order.memory.is_some() {
+            // The old regions are unmapped first: twice the guest's memory may be more than there are addresses for.
+            self.memory = Arc::default();
+            self.memory = Arc::new(GuestMemory::map(regions)?);
+        }
+        let told = changed.into_iter().filter_map(|(index, run)| Some((index, run?)));
+        for (index, (run, events)) in moved.into_iter().chain(told) {
+            self.start(index, run, events)?;
+        }
+        Ok(stopped)
+    }
+
+    fn start(&mut self, index: u16, run: RingRun, events: RingEvents) -> Result<(), WorkerError> {
+        let event_idx = device::has_event_idx(self.features);
+        let ring = Ring::new(&self.memory, &run.place, run.next_available, event_idx)
+            .map_err(|source| WorkerError::Ring { index, source })?;
+        let copy = |file: &File| file.try_clone().map_err(|source| WorkerError::Start { index, source });
+        let queue = Queue {
+            index,
+            ring,
+            memory: Arc::clone(&self.memory),
+            volume: Arc::clone(&self.volume),
+            device: Arc::clone(&self.device),
+            features: self.features,
+            kick: copy(&events.kick)?,
+            call: events.call.as_ref().map(copy).transpose()?,
+            error: events.error.as_ref().map(copy).transpose()?,
+        };
+        let queue = RunningQueue::start(queue).map_err(|source| WorkerError::Start { index, source })?;
+        log::debug!("ring {index} runs from entry {}", run.next_available);
+        self.rings.insert(index, RunningRing { run, events, queue });
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), WorkerError> {
+        for (index, ring) in std::mem::take(&mut self.rings) {
+            ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
+        }
+        self.volume.close().map_err(WorkerError::Close)
+    }
+}
+
+impl Opened {
+    /// What a driver is told.
+    pub fn description(&self, queues: u16) -> Description {
+        let Opened { bytes, read_only, cluster_bytes, serial } = *self;
+        debug_assert!(ClusterSize::from_bytes(cluster_bytes).is_some());
+        Description { bytes, read_only, cluster_bytes, queues, serial }
+    }
+}
+
+/// A serial number that no other volume has: as much of the UUID as fits.
+fn serial_of_uuid(uuid: [u8; 16]) -> String {
+    uuid[..7].iter().fold("pando-".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+}
