@@ -181,10 +181,12 @@ impl Map {
         let group = cluster / CLUSTERS_PER_GROUP;
         let sector = (cluster % CLUSTERS_PER_GROUP) / (WORDS_PER_MAP_SECTOR as u64 * CLUSTERS_PER_WORD);
         let bit = 1u8 << sector;
+        // The bit and the list change together: whoever finds the bit set may rely on the next flush to find the group.
+        let mut dirty_groups = self.dirty_groups.lock().expect("no holder of this lock panics");
         // A read-modify-write even when the bit is set already: it is what orders the new state ahead of the copy that a
         // flush takes, or this bit after it.
         if self.dirty[group as usize].fetch_or(bit, Ordering::AcqRel) == 0 {
-            self.dirty_groups.lock().expect("no holder of this lock panics").push(group);
+            dirty_groups.push(group);
         }
     }
 
