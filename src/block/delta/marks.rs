@@ -25,6 +25,7 @@ use std::io;
 
 use crate::block::storage::Storage;
 use crate::sys::buffers::{Readable, Writable};
+use crate::sys::process;
 
 use super::layout::{LOG_HALF_BYTES, LOG_START};
 use super::map::State;
@@ -38,9 +39,8 @@ const MARKS_PER_ENTRY_MAX: usize = 4096;
 /// Clusters in one mark, so that replaying any log ends in seconds, whoever wrote it.
 pub const CLUSTERS_MAX: u64 = super::layout::CLUSTERS_PER_STRETCH;
 
-/// How far a new session's generation is above the highest one in sight: a power loss may have lost the start of a half and
-/// kept what is further on, and that must not be taken for the new session's.
-pub const GENERATIONS_UNSEEN: u64 = 16;
+/// No program counts further than this; what does is not a mark log's.
+const GENERATION_MAX: u64 = 1 << 62;
 
 /// A run of clusters with a new state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +166,17 @@ pub fn highest_generation(storage: &impl Storage, clusters: u64) -> io::Result<u
     Ok(highest)
 }
 
+/// A generation for a new session, where `highest` is the highest one in sight, or `None` when that cannot be.
+///
+/// It is above by a random number. A power loss may have kept entries of the session before and lost every place that tells how
+/// far that had counted: this session's own sector, the starts of the halves. Nothing but chance keeps such entries from being
+/// taken for the new session's, whose own entries may come to end where they start.
+pub fn generation_above(highest: u64) -> Option<u64> {
+    let [a, b, c, d, ..] = process::random_uuid();
+    let generation = highest.checked_add(1 + u64::from(u32::from_le_bytes([a, b, c, d])))?;
+    (generation <= GENERATION_MAX).then_some(generation)
+}
+
 struct Half {
     half: u64,
     /// `None` when no entry counts.
@@ -217,6 +228,10 @@ fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64
     let (numbers, _) = bytes[8..].as_chunks::<8>();
     let mut numbers = numbers.iter().map(|bytes| u64::from_le_bytes(*bytes));
     let generation = numbers.next().unwrap_or(0);
+    // Twice the limit: a session that starts below it may count on.
+    if generation > 2 * GENERATION_MAX {
+        return Ok(None);
+    }
     let mut marks = Vec::with_capacity(count as usize);
     while let (Some(first), Some(count)) = (numbers.next(), numbers.next()) {
         let mark = Mark { first: first & !ZERO_BIT, count, zero: first & ZERO_BIT != 0 };

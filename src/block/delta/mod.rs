@@ -31,7 +31,7 @@ use crate::sys::process;
 
 use super::Error;
 use super::storage::Storage;
-use header::{HEADER_AT, Header, Phase, SESSION_AT, Session};
+use header::{HEADER_AT, Header, HeaderFault, Phase, SESSION_AT, Session};
 use layout::{CLUSTERS_PER_STRETCH, Layout};
 use map::{LoadError, Map};
 use marks::{AppendError, Mark, MarkLog};
@@ -124,7 +124,15 @@ impl<S: Storage> Delta<S> {
             }
             let highest = marks::highest_generation(&storage, layout.cluster_count())
                 .map_err(io("read the mark log of", layout::LOG_START))?;
-            let generation = found.generation.max(highest) + marks::GENERATIONS_UNSEEN;
+            let highest = found.generation.max(highest);
+            let generation = marks::generation_above(highest).ok_or_else(|| OpenError::Header {
+                file: label.clone(),
+                fault: HeaderFault::Field {
+                    field: "generation",
+                    found: highest,
+                    expected: "one that can be counted up to",
+                },
+            })?;
             (Session { phase: Phase::Open, boot, generation }, MarkLog::new(generation), true)
         };
         let delta = Delta {
