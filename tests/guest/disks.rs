@@ -1,6 +1,8 @@
 //! One small disk per case, looked at by a guest of a few seconds.
 
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -113,6 +115,38 @@ fn writes_over_two_queues_survive_the_process() {
     let backend = Backend::start(dir.path(), "second", &args);
     let said = guest(&dir, "look", &[&backend], sum);
     assert_eq!(said.one("sum"), before);
+    backend.stop();
+    image.assert_unchanged();
+}
+
+#[test]
+fn a_paused_guest_goes_on_where_it_was() {
+    /// Pauses in the midst of writes. Each stops every ring and starts it again from the index that the
+    /// backend gave back.
+    const PAUSES: u32 = 6;
+    let dir = directory();
+    let image = Image::noise(dir.path(), 16, "pause");
+    let backend = Backend::start(dir.path(), "backend", &["--base", image.path(), "--ephemeral"]);
+    // For longer than the pauses take, however fast the guest is.
+    let script = "
+        round=0
+        end=$(($(date +%s) + 6))
+        while [ $round -lt 3 ] || [ $(date +%s) -lt $end ]; do
+          round=$((round + 1))
+          yes \"round $round\" | head -c 4194304 > /tmp/expected
+          dd if=/tmp/expected of=/dev/vda bs=4096 oflag=direct conv=notrunc 2>/dev/null
+          dd if=/dev/vda bs=65536 count=64 iflag=direct 2>/dev/null | cmp - /tmp/expected
+          say round $round
+        done
+    ";
+    let mut vm = Vm::start(dir.path(), "guest", Guest::Tiny, 1, &[&backend], script);
+    vm.wait_for("@@ round 1");
+    for _ in 0..PAUSES {
+        vm.pause(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(200));
+    }
+    let said = vm.finish();
+    assert!(said.all("round").len() >= 3);
     backend.stop();
     image.assert_unchanged();
 }

@@ -5,6 +5,7 @@
 //! program said is printed.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -29,7 +30,7 @@ impl Process {
             .args(["--pdeathsig", "KILL", "--"])
             .arg(program.as_ref())
             .args(args)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(out.try_clone().expect("a descriptor can be duplicated"))
             .stderr(out)
             .spawn()
@@ -46,6 +47,13 @@ impl Process {
         if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
             panic!("{} ended early: {status}", self.name);
         }
+    }
+
+    /// Writes a line to its standard input.
+    pub fn tell(&mut self, line: &str) {
+        self.assert_running();
+        let input = self.child.stdin.as_mut().expect("it was started with a pipe");
+        writeln!(input, "{line}").expect("the program reads its input");
     }
 
     pub fn terminate(&self) {

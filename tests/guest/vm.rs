@@ -62,6 +62,7 @@ impl Vm {
 
         let mut args = machine(guest, cpus);
         let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        option("-monitor", "stdio".to_owned());
         option("-serial", format!("file:{}", serial.display()));
         option("-fw_cfg", format!("name=opt/pando/run,file={}", run.display()));
         for (number, disk) in disks.iter().enumerate() {
@@ -94,6 +95,13 @@ impl Vm {
             }
             said
         });
+    }
+
+    /// Stops the whole machine as a user of QEMU does, and lets it go on.
+    pub fn pause(&mut self, time: Duration) {
+        self.qemu.tell("stop");
+        thread::sleep(time);
+        self.qemu.tell("cont");
     }
 
     fn said(&self) -> Said {
