@@ -14,7 +14,7 @@ use crate::request::{Operation, Part, Request, STATUS_OK};
 use crate::sys::{self, SharedMemory};
 
 /// A backend that completes nothing for this long is stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the clock is looked at while spinning.
 const SPINS_PER_LOOK: u32 = 4096;
 

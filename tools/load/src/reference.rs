@@ -25,6 +25,7 @@ use vm_memory::{
     GuestMemoryMmap,
 };
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::request::{SECTOR_BYTES, STATUS_OK};
 use crate::sys;
@@ -112,6 +113,10 @@ impl VhostUserBackend for Reference {
 
     fn queues_per_thread(&self) -> Vec<u64> {
         (0..self.queues).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
     }
 
     fn handle_event(&self, _event: u16, _events: EventSet, vrings: &[VringRwLock], _thread: usize) -> io::Result<()> {
