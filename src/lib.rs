@@ -1,4 +1,47 @@
 //! Pando: many virtual machines from one read-only operating-system image.
+//!
+//! A backend serves one **volume** to one virtual machine over vhost-user-blk. Reads come from the **base**, an image
+//! that all backends of a host map read-only and so pay for once; writes go to the machine's own **delta**, a sparse
+//! file. Two processes make up a backend: the **keeper** speaks with the front end, the **worker** moves the bytes.
+//!
+//! # Layers
+//!
+//! ```text
+//! bin/pando  ──▶ cli ─────────────┐
+//!                                 ▼
+//! bin/pando-blk ──▶ vhost_user ──▶ block ──▶ sys, units
+//! ```
+//!
+//! | module | owns | knows nothing of |
+//! |---|---|---|
+//! | [`units`] | sectors, clusters, byte counts | everything else; a leaf |
+//! | [`sys`] | mappings, file verbs, sockets, processes; all `unsafe` | what the bytes mean |
+//! | [`block`] | one volume: base, delta, their union | virtio, sockets |
+//! | [`vhost_user`] | one guest's device: session, rings, requests | what is behind a volume |
+//! | [`cli`] | arguments, a call, text | the data path |
+//!
+//! # The life of a guest's write
+//!
+//! 1. The driver puts a chain of descriptors into its ring and kicks. The queue's thread ([`vhost_user::queue`]) wakes
+//!    from `epoll`, reads the available index once, and takes a batch.
+//! 2. [`vhost_user::ring`] copies each descriptor, checks it, and turns guest addresses into buffers;
+//!    [`vhost_user::request`] reads the header from them, once, and checks it.
+//! 3. [`block::Volume`] looks up the clusters. Are they all in the delta, the bytes go to the file with one `pwritev`, straight
+//!    from guest memory. If not, it takes the exclusion of their stretch, and the `pwritev` writes whole clusters: the guest's bytes
+//!    between those of the base. Then it marks the clusters, in memory.
+//! 4. After the batch, [`block::delta::Delta::commit`] appends the new marks to the mark log in the file, with one write.
+//!    The page cache now holds data and mark: no death of this process can lose them.
+//! 5. The queue writes the statuses and the used entries, publishes them with one store of the used index, and notifies the driver once, if it
+//!    wants that.
+//! 6. The driver's flush makes it durable: sync, copy the marks into the cluster map on disk, sync.
+//!
+//! # Invariants
+//!
+//! - A base is never written. A delta is bound to the digest of its base, and refuses any other.
+//! - A cluster is marked on disk only after its data is durable there; it is logged before its write completes.
+//! - Memory that others can change (the guest's, the front end's) is copied, then checked, then used; never checked in place.
+//! - Nothing that a guest, a front end or a file says can make a process panic, or grow without a limit.
+
 #![deny(unsafe_code)]
 
 pub mod block;
