@@ -3,11 +3,19 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-/// Starts this very program again, with `argument` alone and `standard_input` as its descriptor 0.
-pub fn execute_self(argument: &str, standard_input: OwnedFd) -> io::Result<Child> {
-    Command::new("/proc/self/exe").arg(argument).stdin(Stdio::from(standard_input)).spawn()
+/// Starts this very program again, under the name `name`, with `argument` alone and `standard_input` as its descriptor 0.
+pub fn execute_self(name: &str, argument: &str, standard_input: OwnedFd) -> io::Result<Child> {
+    // The file that this process runs, also when another has been installed at its path meanwhile.
+    Command::new("/proc/self/exe").arg0(name).arg(argument).stdin(Stdio::from(standard_input)).spawn()
+}
+
+/// Sets the name that `ps` and `top` show for this process; what is longer than 15 bytes is cut off.
+pub fn set_name(name: &std::ffi::CStr) {
+    // SAFETY: a string that ends; the call copies at most 16 bytes of it. It cannot fail.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
 /// Descriptor 0 as this process's own.

@@ -82,7 +82,7 @@ impl Worker {
     /// Starts a worker for the attachment's volume.
     fn start(attachment: &Attachment) -> Result<(Worker, Opened), KeeperError> {
         let (conversation, theirs) = Conversation::new().map_err(KeeperError::Start)?;
-        let process = process::execute_self(WORKER_ARGUMENT, theirs).map_err(KeeperError::Start)?;
+        let process = process::execute_self("pando-blk", WORKER_ARGUMENT, theirs).map_err(KeeperError::Start)?;
         let worker = Worker { conversation, process: Mutex::new(process) };
         let delta = attachment.delta.as_ref();
         let order = VolumeOrder {
