@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::block::digest::Digest;
 use crate::block::storage::{FileStorage, Storage};
@@ -83,14 +84,23 @@ impl Holder {
     pub fn process(&self) -> Option<u32> {
         self.process
     }
+
+    /// Whether it still runs. One that the kernel does not name may.
+    fn is_alive(&self) -> bool {
+        self.process.is_none_or(|process| !command_of(process).is_empty())
+    }
+}
+
+/// The command line of a process; empty when it has ended.
+fn command_of(process: u32) -> String {
+    let command = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&command).replace('\0', " ").trim_end().to_owned()
 }
 
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Some(process) = self.process else { return f.write_str("another process") };
-        let command = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        match command.trim_end() {
+        match command_of(process).as_str() {
             "" => write!(f, "process {process}"),
             command => write!(f, "process {process} ({command})"),
         }
@@ -190,6 +200,9 @@ fn format(file: File, label: &str, header: &Header) -> Result<(), OpenError> {
     })
 }
 
+/// How long to wait for the lock of a process that is dead: what it had started and given the file to is about to end too.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Opens the delta file at `path` for writing and takes its lock.
 pub fn open_locked(path: &Path) -> Result<(File, Header), OpenError> {
     let label = path.display().to_string();
@@ -198,8 +211,13 @@ pub fn open_locked(path: &Path) -> Result<(File, Header), OpenError> {
         move |source| OpenError::Io { action, file, offset: 0, source }
     };
     let file = options().open(path).map_err(io("open"))?;
-    if !file::try_lock(&file).map_err(io("lock"))? {
-        return Err(OpenError::Locked { file: label, holder: Holder { process: file::lock_holder(&file) } });
+    let patience_ends = Instant::now() + LOCK_PATIENCE;
+    while !file::try_lock(&file).map_err(io("lock"))? {
+        let holder = Holder { process: file::lock_holder(&file) };
+        if holder.is_alive() || Instant::now() > patience_ends {
+            return Err(OpenError::Locked { file: label, holder });
+        }
+        std::thread::sleep(Duration::from_millis(2));
     }
     let header = read_header(&file, &label)?;
     Ok((file, header))
