@@ -93,7 +93,7 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderFault {
     /// Some other kind of file.
-    #[error("it is not a Pando delta: expected the magic bytes {expected:?}, found {found:?}")]
+    #[error("it is not a Pando delta: expected the magic bytes '{expected}', found '{found}'")]
     Magic { expected: String, found: String },
     /// Bytes changed since they were written.
     #[error("its {what} is corrupt: checksum {computed:#010x} expected, {stored:#010x} found")]
