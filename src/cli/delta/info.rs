@@ -112,8 +112,8 @@ impl Facts {
         writeln!(out, "cluster size   {}", size(self.cluster_bytes))?;
         writeln!(out, "in the delta   {}", clusters(self.clusters.delta))?;
         writeln!(out, "zero           {}", clusters(self.clusters.zero))?;
-        let untouched = if self.base.is_some() { "from the base " } else { "never written " };
-        writeln!(out, "{untouched} {}", clusters(self.clusters.base))?;
+        let below = if self.base.is_some() { "the base's, and zeros behind its end" } else { "zeros" };
+        writeln!(out, "untouched      {}: {below}", clusters(self.clusters.base))?;
         if self.clusters.unknown > 0 {
             let unknown = clusters(self.clusters.unknown);
             writeln!(out, "unknown        {unknown}: the cluster map is corrupt; see 'pando delta check'")?;
