@@ -1,3 +1,4 @@
 //! All integration tests, a module for each area.
 
+mod cli;
 mod volume;
