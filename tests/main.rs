@@ -1,4 +1,6 @@
 //! All integration tests, a module for each area.
 
 mod cli;
+mod ring;
+mod tidy;
 mod volume;
