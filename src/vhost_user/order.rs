@@ -95,8 +95,8 @@ pub struct RingOrder {
 pub struct RingRun {
     /// Where it lies.
     pub place: RingPlace,
-    /// Which entry of the available ring comes next.
-    pub next_available: u16,
+    /// Which entry of the available ring comes next; `None`: the one that the used ring says, where all taken before is complete.
+    pub next_available: Option<u16>,
     /// Whether there is somebody to notify of completions.
     pub has_call: bool,
     /// Whether there is somebody to tell when the ring breaks.

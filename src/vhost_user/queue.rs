@@ -120,6 +120,8 @@ impl Queue {
         let mut batch = Batch::default();
         let mut chain = Chain::default();
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
+        // What was completed before this call descriptor came was told to another one, or to none.
+        self.notify(complaints);
         self.ring.suspend_kicks();
         while !stop.asked.load(Ordering::Acquire) {
             let waiting = self.ring.waiting()?;
@@ -188,8 +190,13 @@ impl Queue {
             let status_bytes = completion.status_place.map_or(0, |place| place.copy_from_slice(&[status as u8]) as u32);
             self.ring.complete(completion.head, completion.data_bytes + status_bytes);
         }
-        if self.ring.publish()
-            && let Some(call) = &self.call
+        if self.ring.publish() {
+            self.notify(complaints);
+        }
+    }
+
+    fn notify(&self, complaints: &mut Complaints) {
+        if let Some(call) = &self.call
             && let Err(error) = events::signal(call)
         {
             complaints.hosts(&error);

@@ -148,6 +148,11 @@ impl Ring {
         })
     }
 
+    /// Takes as the next entry the one that the used ring says: all before it is complete.
+    pub fn go_on_from_used(&mut self) {
+        self.next_available = self.next_used;
+    }
+
     /// Index of the next entry of the available ring to take.
     pub fn next_available(&self) -> u16 {
         self.next_available

@@ -81,8 +81,9 @@ struct Ring {
     place: RingPlace,
     /// Whether the addresses have been given.
     placed: bool,
-    /// Which entry of the available ring comes next, while it does not run.
-    next_available: u16,
+    /// Which entry of the available ring comes next, while it does not run; `None` as long as nobody has said. A ring may run
+    /// before the front end says it, and then starts where the used ring says.
+    next_available: Option<u16>,
     kick: Option<File>,
     call: Option<File>,
     error: Option<File>,
@@ -155,7 +156,7 @@ impl<'k> Session<'k> {
         let stopped = self.worker.ask(&Order::Become(order), &[]).map_err(Refusal::from)?;
         self.rings[index].runs = false;
         if let Some((_, next_available)) = stopped.into_iter().find(|(stopped, _)| usize::from(*stopped) == index) {
-            self.rings[index].next_available = next_available;
+            self.rings[index].next_available = Some(next_available);
         }
         Ok(())
     }
@@ -321,7 +322,13 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let ring = self.index(index)?;
         let base = u16::try_from(base).map_err(|_| Refusal::RingBase { index, base })?;
-        self.change(ring, |ring| ring.next_available = base)
+        if self.rings[ring].runs {
+            // It has gone on from where it was since it started; going back would serve requests twice.
+            log::debug!("ring {index} runs already: not moved to entry {base}");
+        } else {
+            self.rings[ring].next_available = Some(base);
+        }
+        Ok(())
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
@@ -331,7 +338,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         // Started again by a new kick descriptor alone.
         ring.started = false;
         ring.kick = None;
-        Ok(VhostUserVringState::new(index, ring.next_available.into()))
+        Ok(VhostUserVringState::new(index, ring.next_available.unwrap_or(0).into()))
     }
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {

@@ -220,7 +220,7 @@ impl Worker {
             if is_told {
                 stopped.push((index, next_available));
             } else {
-                moved.insert(index, (RingRun { next_available, ..ring.run }, ring.events));
+                moved.insert(index, (RingRun { next_available: Some(next_available), ..ring.run }, ring.events));
             }
         }
         self.features = order.features;
@@ -238,8 +238,12 @@ impl Worker {
 
     fn start(&mut self, index: u16, run: RingRun, events: RingEvents) -> Result<(), WorkerError> {
         let event_idx = device::has_event_idx(self.features);
-        let ring = Ring::new(&self.memory, &run.place, run.next_available, event_idx)
+        let mut ring = Ring::new(&self.memory, &run.place, run.next_available.unwrap_or(0), event_idx)
             .map_err(|source| WorkerError::Ring { index, source })?;
+        if run.next_available.is_none() {
+            ring.go_on_from_used();
+        }
+        let next_available = ring.next_available();
         let copy = |file: &File| file.try_clone().map_err(|source| WorkerError::Start { index, source });
         let queue = Queue {
             index,
@@ -253,7 +257,7 @@ impl Worker {
             error: events.error.as_ref().map(copy).transpose()?,
         };
         let queue = RunningQueue::start(queue).map_err(|source| WorkerError::Start { index, source })?;
-        log::debug!("ring {index} runs from entry {}", run.next_available);
+        log::debug!("ring {index} runs from entry {next_available}");
         self.rings.insert(index, RunningRing { run, events, queue });
         Ok(())
     }
