@@ -48,6 +48,17 @@ impl Backend {
         let status = self.process.wait(STOP_LIMIT);
         assert!(status.success(), "the backend ended with {status}");
     }
+
+    /// SIGKILL for the keeper; the worker has to follow it.
+    pub fn kill(mut self) {
+        let id = self.process.id();
+        let workers = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).expect("the kernel lists children");
+        assert!(!workers.trim().is_empty(), "the keeper has no worker");
+        self.process.kill();
+        wait_until("the worker to end with its keeper", STOP_LIMIT, || {
+            workers.split_ascii_whitespace().all(|worker| !Path::new("/proc").join(worker).exists())
+        });
+    }
 }
 
 /// Whether someone listens on a socket, without the connection that would disturb him.

@@ -86,12 +86,12 @@ fn two_guests_share_an_image_and_keep_their_own_writes() {
 /// Blocks that say themselves whether they are whole, each first written once and then over and over.
 /// A block may then be of any age but never of two.
 const FIO: &str = "fio --name=blocks --filename=/root/blocks --size=24M --bs=4k --ioengine=libaio \
-    --iodepth=16 --direct=1 --verify=crc32c --thread --output=/root/fio.log";
+    --iodepth=16 --direct=1 --verify=crc32c --thread --eta=never --output=/root/fio.log";
 
 #[test]
 fn a_killed_vmm_leaves_a_sound_disk() {
     /// Records that the guest has synced when it is killed.
-    const RECORDS: u32 = 12;
+    const RECORDS: u32 = 30;
     let image = Image::debian();
     let dir = directory();
     let delta = text(&dir.path().join("oak.delta"));
@@ -102,6 +102,7 @@ fn a_killed_vmm_leaves_a_sound_disk() {
         r#"
 {FIO} --rw=randwrite --do_verify=0 --end_fsync=1
 {FIO} --rw=randwrite --do_verify=0 --time_based --runtime=3600 &
+fio=$!
 mkdir /root/records
 number=0
 while :; do
@@ -109,6 +110,7 @@ while :; do
   # As a database does it: what is announced has been synced before.
   seq $number 3000 > /root/records/$number
   sync /root/records/$number /root/records
+  kill -0 $fio
   say synced $number
 done
 "#

@@ -42,6 +42,10 @@ impl Process {
         self.logs.push(log);
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Fails the test if the program has ended.
     pub fn assert_running(&mut self) {
         if let Some(status) = self.child.try_wait().expect("a child can be waited for") {

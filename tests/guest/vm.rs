@@ -17,6 +17,9 @@ const PRELUDE: &str = r#"set -eu
 say() { echo "@@ $*"; }
 "#;
 
+/// With the status behind it, what a guest says when its script has ended.
+const END: &str = "@@pando end ";
+
 /// A script that ends with this asks its guest to reboot, and is run again after it.
 pub const REBOOT: u32 = 100;
 
@@ -89,8 +92,10 @@ impl Vm {
         let (qemu, serial) = (&mut self.qemu, &self.serial);
         let limit = self.deadline.saturating_duration_since(Instant::now());
         wait_until(&what, limit, || {
-            let said = read(serial).lines().any(|said| said == line);
+            let all = read(serial);
+            let said = all.lines().any(|said| said == line);
             if !said {
+                assert!(!all.contains(END), "its script has ended before");
                 qemu.assert_running();
             }
             said
@@ -122,7 +127,7 @@ impl Vm {
         // From here on it is `said` that shows the console.
         drop(self);
         assert!(status.success(), "QEMU ended with {status}");
-        let ends: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("@@pando end ")).collect();
+        let ends: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(END)).collect();
         let reboot = REBOOT.to_string();
         let (last, before) = ends.split_last().expect("the script came to its end");
         assert_eq!(*last, "0", "the script failed");
