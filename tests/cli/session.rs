@@ -54,6 +54,31 @@ fn a_delta_in_use_is_not_repaired_and_its_holder_is_named() {
 }
 
 #[test]
+fn space_is_not_judged_while_a_session_runs() {
+    let disk = Disk::new(64 * CLUSTER, 64 * CLUSTER);
+    let session = disk.session();
+    session.write(0, &[1; 3 * CLUSTER as usize]);
+    session.zero(CLUSTER, CLUSTER);
+    session.flush();
+    let check = disk.pando("check", &["--json"]);
+    check.ok();
+    holds(check.json()["in_use_by"].as_str().unwrap(), &[&std::process::id().to_string()]);
+    session.close();
+    assert_eq!(disk.pando("check", &[]).code, 3);
+}
+
+#[test]
+fn a_mark_counts_where_the_file_has_no_data() {
+    let group = 16128;
+    let disk = Disk::new(2 * group * CLUSTER, 5 * group * CLUSTER);
+    let session = disk.session();
+    session.discard((group + 7) * CLUSTER, 2 * CLUSTER);
+    session.kill();
+    let info = disk.pando("info", &["--json"]).json();
+    assert_eq!((&info["clusters"]["zero"], &info["session"]["marks"]), (&2.into(), &1.into()));
+}
+
+#[test]
 fn a_session_whose_process_died_is_finished_by_a_repair() {
     let disk = Disk::new(64 * CLUSTER, 64 * CLUSTER);
     let session = disk.session();
