@@ -42,6 +42,32 @@ pub struct RingPlace {
     pub used: u64,
 }
 
+/// A part of a ring, as it has to lie in memory.
+pub struct RingPart {
+    /// What to call it.
+    pub name: &'static str,
+    /// The front end's address.
+    pub address: u64,
+    /// Length in bytes.
+    pub bytes: usize,
+    /// What its address has to be a multiple of.
+    pub align: usize,
+}
+
+impl RingPlace {
+    /// Descriptor table, available ring and used ring.
+    pub fn parts(&self, event_idx: bool) -> [RingPart; 3] {
+        let entries = usize::from(self.size);
+        let event = if event_idx { 2 } else { 0 };
+        let part = |name, address, bytes, align| RingPart { name, address, bytes, align };
+        [
+            part("descriptor table", self.descriptors, entries * DESCRIPTOR_BYTES, 16),
+            part("available ring", self.available, ENTRIES_AT + entries * AVAILABLE_ENTRY_BYTES + event, 2),
+            part("used ring", self.used, ENTRIES_AT + entries * USED_ENTRY_BYTES + event, 4),
+        ]
+    }
+}
+
 /// Why a ring cannot be served, or not any further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -126,19 +152,16 @@ impl Ring {
         if !size.is_power_of_two() || size > RING_SIZE_MAX {
             return Err(RingError::Size { size });
         }
-        let area = |part, address, bytes, align| {
-            memory.area(address, bytes, align).ok_or(RingError::Outside { part, address, bytes, align })
+        let area = |RingPart { name, address, bytes, align }: RingPart| {
+            memory.area(address, bytes, align).ok_or(RingError::Outside { part: name, address, bytes, align })
         };
-        let entries = usize::from(size);
-        let event = if event_idx { 2 } else { 0 };
-        let used_bytes = ENTRIES_AT + entries * USED_ENTRY_BYTES + event;
-        let available_bytes = ENTRIES_AT + entries * AVAILABLE_ENTRY_BYTES + event;
-        let used = area("used ring", place.used, used_bytes, 4)?;
+        let [descriptors, available, used] = place.parts(event_idx);
+        let (descriptors, available, used) = (area(descriptors)?, area(available)?, area(used)?);
         let next_used = used.load(INDEX_AT);
         Ok(Ring {
             size,
-            descriptors: area("descriptor table", place.descriptors, entries * DESCRIPTOR_BYTES, 16)?,
-            available: area("available ring", place.available, available_bytes, 2)?,
+            descriptors,
+            available,
             used,
             next_available,
             next_used,

@@ -18,7 +18,7 @@ use vhost::vhost_user::{Backend, Error as ProtocolError, GpuBackend, VhostUserBa
 use crate::sys::guest::RegionPlace;
 
 use super::attachment::Offer;
-use super::device::{Device, PROTOCOL_FEATURES_BIT};
+use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
 use super::keeper::{Worker, WorkerError};
 use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder};
 use super::ring::RingPlace;
@@ -179,16 +179,40 @@ impl<'k> Session<'k> {
         Ok(())
     }
 
+    /// Whether a ring lies in the memory as it is now.
+    fn is_in_memory(&self, index: usize) -> bool {
+        self.rings[index].place.parts(device::has_event_idx(self.features)).iter().all(|part| {
+            self.regions.iter().any(|(region, _)| {
+                let within = part.address.checked_sub(region.user_address);
+                within.is_some_and(|within| within.saturating_add(part.bytes as u64) <= region.bytes)
+            })
+        })
+    }
+
     /// Tells the worker of the memory as it is now. Rings that run go on over it.
+    ///
+    /// A front end that changes a region removes it and then adds what is in its place, also while a ring lies in it. Such
+    /// a ring stops, and goes on when it has memory again.
     fn tell_memory(&mut self) -> Result<()> {
         if self.regions.len() > REGIONS_MAX {
             return Err(Refusal::Regions { count: self.regions.len() }.into());
+        }
+        for index in self.running() {
+            if !self.is_in_memory(index) {
+                log::debug!("ring {index} waits for its memory to come back");
+                self.stop(index)?;
+            }
         }
         let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
         let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
         let order = SessionOrder { memory, ..self.order() };
         self.worker.ask(&Order::Become(order), &descriptors).map_err(Refusal::from)?;
-        (0..self.rings.len()).try_for_each(|index| self.start(index))
+        for index in 0..self.rings.len() {
+            if self.is_in_memory(index) {
+                self.start(index)?;
+            }
+        }
+        Ok(())
     }
 
     /// Stops all rings, as if they had never been started.
