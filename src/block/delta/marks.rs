@@ -39,8 +39,8 @@ const MARKS_PER_ENTRY_MAX: usize = 4096;
 /// Clusters in one mark, so that replaying any log ends in seconds, whoever wrote it.
 pub const CLUSTERS_MAX: u64 = super::layout::CLUSTERS_PER_STRETCH;
 
-/// No program counts further than this; what does is not a mark log's.
-const GENERATION_MAX: u64 = 1 << 62;
+/// No session starts further than this, so that counting never overflows.
+pub const GENERATION_MAX: u64 = 1 << 62;
 
 /// A run of clusters with a new state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,7 +228,7 @@ fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64
     let (numbers, _) = bytes[8..].as_chunks::<8>();
     let mut numbers = numbers.iter().map(|bytes| u64::from_le_bytes(*bytes));
     let generation = numbers.next().unwrap_or(0);
-    // Twice the limit: a session that starts below it may count on.
+    // Twice the limit, because a session that starts at it counts on.
     if generation > 2 * GENERATION_MAX {
         return Ok(None);
     }

@@ -108,6 +108,13 @@ impl<S: Storage> Delta<S> {
         let found = open::read_session(&storage, &label)?;
         let boot = process::boot_id().map_err(io("find the boot id for", SESSION_AT))?;
         let map = Map::new(layout).map_err(io("make room in memory for the map of", 0))?;
+        let generation_fault = |found| OpenError::Header {
+            file: label.clone(),
+            fault: HeaderFault::Field { field: "generation", found, expected: "at most 2^62" },
+        };
+        if found.generation > marks::GENERATION_MAX {
+            return Err(generation_fault(found.generation));
+        }
         let died = found.phase == Phase::Open && found.boot == boot;
         let (session, log, other_half_free) = if died {
             let replay = marks::replay(&storage, found.generation, layout.cluster_count())
@@ -125,14 +132,7 @@ impl<S: Storage> Delta<S> {
             let highest = marks::highest_generation(&storage, layout.cluster_count())
                 .map_err(io("read the mark log of", layout::LOG_START))?;
             let highest = found.generation.max(highest);
-            let generation = marks::generation_above(highest).ok_or_else(|| OpenError::Header {
-                file: label.clone(),
-                fault: HeaderFault::Field {
-                    field: "generation",
-                    found: highest,
-                    expected: "one that can be counted up to",
-                },
-            })?;
+            let generation = marks::generation_above(highest).ok_or_else(|| generation_fault(highest))?;
             (Session { phase: Phase::Open, boot, generation }, MarkLog::new(generation), true)
         };
         let delta = Delta {
