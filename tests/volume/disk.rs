@@ -34,7 +34,8 @@ struct State {
     forgets_versions: bool,
     counts: Counts,
     plan: Option<Plan>,
-    stopped: bool,
+    /// Whether the planned call was made.
+    is_reached: bool,
 }
 
 /// How often each verb was called.
@@ -125,11 +126,12 @@ impl Disk {
         let mut state = self.state();
         state.counts = Counts::default();
         state.plan = Some(plan);
+        state.is_reached = false;
     }
 
-    /// Whether the disk has stopped as planned.
-    pub fn is_stopped(&self) -> bool {
-        self.state().stopped
+    /// Whether the planned call was made.
+    pub fn is_reached(&self) -> bool {
+        self.state().is_reached
     }
 
     /// Whether nothing is waiting for a sync.
@@ -139,7 +141,7 @@ impl Disk {
 
     /// The disk as another process finds it after this one has died.
     pub fn after_process_death(&self) -> Disk {
-        let state = State { plan: None, stopped: false, counts: Counts::default(), ..self.state().clone() };
+        let state = State { plan: None, counts: Counts::default(), ..self.state().clone() };
         Disk { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -222,14 +224,14 @@ impl State {
     fn decide(&mut self, call: Call) -> (Done, io::Result<()>) {
         let gone = || io::Error::other("the simulated disk has stopped");
         match self.plan {
-            _ if self.stopped => (Done::Nothing, Err(gone())),
-            Some(Plan { call: planned, done, then }) if planned == call => match then {
-                Then::Fail(code) => (done, Err(io::Error::from_raw_os_error(code))),
-                Then::Stop => {
-                    self.stopped = true;
-                    (done, Err(gone()))
+            Some(Plan { then: Then::Stop, .. }) if self.is_reached => (Done::Nothing, Err(gone())),
+            Some(Plan { call: planned, done, then }) if planned == call => {
+                self.is_reached = true;
+                match then {
+                    Then::Fail(code) => (done, Err(io::Error::from_raw_os_error(code))),
+                    Then::Stop => (done, Err(gone())),
                 }
-            },
+            }
             _ => (Done::All, Ok(())),
         }
     }
@@ -390,7 +392,7 @@ mod tests {
         write(&disk, 0, 1, 1024);
         assert!(disk.write_at(&[Readable::from_slice(&[2; 1024])], 0).is_err());
         assert!(disk.punch_hole(0, 4096).is_err() && disk.sync().is_err());
-        assert!(disk.is_stopped());
+        assert!(disk.is_reached());
         assert_eq!(bytes(&disk.after_process_death(), 1024), [[2; 512], [1; 512]].concat());
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Knows what was asked and what was answered, and so what the volume may hold after each kind of end.
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -178,35 +179,37 @@ impl Machine {
                 self.expected.flushed();
                 assert!(self.disk.is_synced(), "a closed delta is durable");
                 self.start()?;
-                self.check_running();
+                self.check_running()?;
             }
         }
         Ok(())
     }
 
     /// Compares all watched sectors while the volume runs.
-    pub fn check_running(&self) {
-        self.expected.check_running(read_watched(self.volume(), &self.expected));
+    pub fn check_running(&self) -> Result<(), Box<dyn Error>> {
+        let read = read_watched(self.volume(), &self.expected)?;
+        self.expected.check_running(read);
+        Ok(())
     }
 
     fn check_after(&mut self, after: After) {
-        let read = read_watched(self.volume(), &self.expected);
+        let read = read_watched(self.volume(), &self.expected).unwrap();
         self.expected.check_after(after, read);
     }
 }
 
 /// What a volume holds in the watched sectors.
-fn read_watched<S: Storage>(volume: &Volume<S>, expected: &Expected) -> impl Fn(u64) -> Stamp + use<S> {
-    let mut found = std::collections::HashMap::new();
+fn read_watched(volume: &Volume<Disk>, expected: &Expected) -> Result<impl Fn(u64) -> Stamp + use<>, Box<dyn Error>> {
+    let mut found = HashMap::new();
     for range in expected.watched() {
         let mut bytes = vec![0xee; ((range.end - range.start) * SECTOR_BYTES) as usize];
-        volume.read(range.start * SECTOR_BYTES, &[Writable::from_mut_slice(&mut bytes)]).unwrap();
+        volume.read(range.start * SECTOR_BYTES, &[Writable::from_mut_slice(&mut bytes)])?;
         for (sector, bytes) in range.zip(bytes.chunks(SECTOR_BYTES as usize)) {
             let stamp = Stamp::of(bytes).unwrap_or_else(|| panic!("sector {sector} is of several writes"));
             found.insert(sector, stamp);
         }
     }
-    move |sector| found[&sector]
+    Ok(move |sector| found[&sector])
 }
 
 /// The whole clusters within a range of sectors; the last one of the volume is whole where the volume ends.

@@ -1,8 +1,12 @@
 //! Volumes: their contents, their promises when the power, the process or the disk fails, and what they refuse.
 
 mod disk;
+mod exclusion;
+mod faults;
 mod history;
 mod machine;
+mod model;
+mod open;
 mod power_loss;
 mod process_death;
 mod stamps;

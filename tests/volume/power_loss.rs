@@ -25,7 +25,7 @@ fn check(history: &[Step], rng: &mut StdRng) {
         let mut machine = new.fork(new.disk.after_process_death());
         machine.disk.plan(Plan { call: Call::Change(call), done: Done::All, then: Then::Stop });
         let result = machine.start().and_then(|()| machine.run(history));
-        if !machine.disk.is_stopped() {
+        if !machine.disk.is_reached() {
             result.unwrap();
             break;
         }
@@ -46,7 +46,7 @@ fn go_on(machine: &mut Machine, rng: &mut StdRng) {
     let call = rng.random_range(0..40);
     machine.disk.plan(Plan { call: Call::Change(call), done: Done::All, then: Then::Stop });
     if let Err(error) = machine.run(&steps) {
-        assert!(machine.disk.is_stopped(), "{error}");
+        assert!(machine.disk.is_reached(), "{error}");
     }
     machine.after_process_death();
     machine.after_power_loss(Loss::SomeSectors, rng);
@@ -118,7 +118,8 @@ fn marks_of_a_lost_session_do_not_come_back() {
     machine.run(&all[..per_sector + 2]).unwrap();
     let kept = machine.disk.after_power_loss_of(|sector, changes| {
         let offset = sector * SECTOR_BYTES;
-        let is_first = (LOG_START..GROUPS_START).contains(&offset) && (offset - LOG_START) % LOG_HALF_BYTES == 0;
+        let is_first =
+            (LOG_START..GROUPS_START).contains(&offset) && (offset - LOG_START).is_multiple_of(LOG_HALF_BYTES);
         if (LOG_START..GROUPS_START).contains(&offset) && !is_first { changes.len().checked_sub(1) } else { None }
     });
     let mut machine = machine.after_power_loss_with(kept);

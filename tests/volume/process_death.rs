@@ -24,17 +24,17 @@ use super::stamps::Stamp;
 fn check(history: &[Step], rng: &mut StdRng) {
     let new = Machine::new();
     for call in 0.. {
-        let mut has_stopped = false;
+        let mut is_reached = false;
         for done in [Done::FirstHalf, Done::All] {
             let _context = Context(format!("death at call {call}, done {done:?}, of {history:?}"));
             let mut machine = new.fork(new.disk.after_process_death());
             machine.disk.plan(Plan { call: Call::Change(call), done, then: Then::Stop });
             let result = machine.start().and_then(|()| machine.run(history));
-            if !machine.disk.is_stopped() {
+            if !machine.disk.is_reached() {
                 result.unwrap();
                 continue;
             }
-            has_stopped = true;
+            is_reached = true;
             let mut survivor = machine.after_process_death();
             let deaths = if rng.random_range(0..4) == 0 { 3 } else { 0 };
             for _ in 0..deaths {
@@ -43,7 +43,7 @@ fn check(history: &[Step], rng: &mut StdRng) {
             survivor.step(&Step::Flush).unwrap();
             survivor.after_power_loss(Loss::All, rng);
         }
-        if !has_stopped {
+        if !is_reached {
             break;
         }
     }
@@ -56,7 +56,7 @@ fn die_again(mut machine: Machine, rng: &mut StdRng) -> Machine {
     let call = rng.random_range(0..25);
     machine.disk.plan(Plan { call: Call::Change(call), done: Done::All, then: Then::Stop });
     if let Err(error) = machine.run(&steps) {
-        assert!(machine.disk.is_stopped(), "{error}");
+        assert!(machine.disk.is_reached(), "{error}");
     }
     machine.after_process_death()
 }
@@ -212,7 +212,7 @@ struct Filmed {
 
 impl Filmed {
     fn take(&self) {
-        if self.disk.counts().changes() % 3 == 0 {
+        if self.disk.counts().changes().is_multiple_of(3) {
             let copy = (self.completed.load(Ordering::Relaxed), self.disk.after_process_death());
             self.copies.lock().unwrap().push(copy);
         }
