@@ -39,7 +39,10 @@ pub enum MapError {
     /// Two regions claim the same guest addresses.
     #[error("memory regions {first:x?} and {second:x?} overlap")]
     Overlap { first: RegionPlace, second: RegionPlace },
-    /// The file is shorter than the region, cannot be mapped, or the like.
+    /// The file ends ahead of the region, so that using its end would end this process.
+    #[error("memory region {place:x?} ends behind its file, which has {file_bytes:#x} bytes")]
+    Short { place: RegionPlace, file_bytes: u64 },
+    /// The file cannot be mapped.
     #[error("cannot map memory region {place:x?}")]
     Map {
         place: RegionPlace,
@@ -163,6 +166,11 @@ impl Region {
             [place.guest_address, place.user_address, place.file_offset].map(|start| start.checked_add(place.bytes));
         if place.bytes == 0 || ends.contains(&None) || usize::try_from(place.bytes).is_err() {
             return Err(MapError::Place { place });
+        }
+        let metadata = file.metadata().map_err(|source| MapError::File { place, source })?;
+        // The length of a device says nothing.
+        if metadata.is_file() && metadata.len() < place.file_offset + place.bytes {
+            return Err(MapError::Short { place, file_bytes: metadata.len() });
         }
         let page = page_bytes(&file).map_err(|source| MapError::File { place, source })?;
         // The kernel maps at multiples of the page, which on hugetlbfs is 2 MiB or 1 GiB; there, the length has to be a multiple as well, or unmapping fails.
