@@ -156,6 +156,59 @@ pub fn peek(stream: &impl AsFd, to: &mut [u8]) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
+/// Whether the next `bytes` bytes that wait in a stream come with more than `max` descriptors. Takes nothing.
+pub fn has_more_descriptors(stream: &impl AsFd, bytes: usize, max: usize) -> io::Result<bool> {
+    let mut data = vec![0u8; bytes];
+    let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    // SAFETY: a computation.
+    let space = unsafe { libc::CMSG_SPACE((max * size_of::<RawFd>()) as u32) } as usize;
+    // Of numbers that are aligned as a control message has to be.
+    let mut control = vec![0u64; space.div_ceil(size_of::<u64>())];
+    // SAFETY: all-zero bytes are a valid message header.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    // Exactly as much as `max` descriptors take: what does not fit, the kernel says so.
+    // SAFETY: a computation.
+    message.msg_controllen = unsafe { libc::CMSG_LEN((max * size_of::<RawFd>()) as u32) } as _;
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: all parts of the message are ours and as long as it says.
+    if unsafe { libc::recvmsg(stream.as_fd().as_raw_fd(), &raw mut message, flags) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // A look at descriptors makes copies of them, which nobody needs.
+    // SAFETY: the kernel has filled the control buffer, and says in the message how far.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: a whole header within the control buffer, by the macros' promise.
+        let (level, kind, len) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len as usize) };
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: a computation.
+            let count = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize) / size_of::<RawFd>();
+            for index in 0..count {
+                // SAFETY: the kernel has just put that many descriptors there, for us, and nobody else owns them.
+                drop(unsafe {
+                    OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().add(index).read_unaligned())
+                });
+            }
+        }
+        // SAFETY: as for the first.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    Ok(message.msg_flags & libc::MSG_CTRUNC != 0)
+}
+
+/// Whether some kilobytes can be written to a stream without waiting for the other side to read.
+pub fn is_writable(stream: &impl AsFd) -> io::Result<bool> {
+    let mut polled = libc::pollfd { fd: stream.as_fd().as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one entry, ours.
+    match unsafe { libc::poll(&raw mut polled, 1, 0) } {
+        count if count >= 0 => Ok(polled.revents != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// How many bytes wait in a stream.
 pub fn bytes_waiting(stream: &impl AsFd) -> io::Result<usize> {
     let mut count: i32 = 0;

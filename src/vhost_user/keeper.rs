@@ -24,6 +24,8 @@ use super::worker::WORKER_ARGUMENT;
 const MESSAGE_HEADER_BYTES: usize = 12;
 /// Bytes that may follow: what the protocol's largest message has.
 const MESSAGE_BODY_BYTES_MAX: usize = vhost::vhost_user::message::MAX_MSG_SIZE;
+/// Descriptors that a message may come with.
+const MESSAGE_DESCRIPTORS_MAX: usize = vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
 /// How long a front end may take over one message.
 const MESSAGE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -240,7 +242,8 @@ fn serve_connection(
     Ok(end)
 }
 
-/// Waits until all of a message is there, so that handling it never waits for the front end. `Some`: there will be none.
+/// Waits until all of a message is there and there is room for its answer, so that handling it never waits for the front end.
+/// `Some`: there will be none.
 fn wait_for_message(stream: &UnixStream, worker: &Worker, signals: &StopSignals) -> Result<Option<End>, KeeperError> {
     let mut begun: Option<Instant> = None;
     loop {
@@ -264,13 +267,22 @@ fn wait_for_message(stream: &UnixStream, worker: &Worker, signals: &StopSignals)
         let body = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]) as usize;
         // One that is too long is the protocol's to refuse, by its header.
         let expected = MESSAGE_HEADER_BYTES + if body > MESSAGE_BODY_BYTES_MAX { 0 } else { body };
-        if found == MESSAGE_HEADER_BYTES && waiting >= expected || socket::is_peer_gone(stream).map_err(broken)? {
+        let is_whole = found == MESSAGE_HEADER_BYTES && waiting >= expected;
+        if is_whole && socket::has_more_descriptors(stream, expected, MESSAGE_DESCRIPTORS_MAX).map_err(broken)? {
+            // The protocol's code would take the message, call the error a passing one, and wait for what it has taken.
+            return Ok(Some(End::Failed(format!(
+                "a message came with descriptors: expected at most {MESSAGE_DESCRIPTORS_MAX}, found more"
+            ))));
+        }
+        if is_whole && socket::is_writable(stream).map_err(broken)? || socket::is_peer_gone(stream).map_err(broken)? {
             return Ok(None);
         }
         if begun.get_or_insert_with(Instant::now).elapsed() > MESSAGE_PATIENCE {
-            return Ok(Some(End::Failed(format!(
-                "the front end sent {waiting} bytes of a message of {expected} and no more"
-            ))));
+            return Ok(Some(End::Failed(if is_whole {
+                "the front end does not read the answers to its messages".to_owned()
+            } else {
+                format!("the front end sent {waiting} bytes of a message of {expected} and no more")
+            })));
         }
         // What is there already would end any wait at once.
         if wait([signals.as_fd(), worker.conversation.as_fd()], 2)?.contains(&true) {
