@@ -56,7 +56,8 @@ impl Backend {
         assert!(!workers.trim().is_empty(), "the keeper has no worker");
         self.process.kill();
         wait_until("the worker to end with its keeper", STOP_LIMIT, || {
-            workers.split_ascii_whitespace().all(|worker| !Path::new("/proc").join(worker).exists())
+            // Also when nobody has taken note of its end yet: it then has no program any more.
+            workers.split_ascii_whitespace().all(|worker| fs::read_link(format!("/proc/{worker}/exe")).is_err())
         });
     }
 }
