@@ -1,8 +1,7 @@
 //! Debian boots from a shared image: its private writes, its reboots, its crash, its firmware.
 
 use crate::backend::Backend;
-use crate::disks::{directory, text};
-use crate::material::Image;
+use crate::material::{Image, directory, text};
 use crate::vm::{Guest, REBOOT, Vm};
 
 /// Run by a tiny guest on a Debian disk that nothing has mounted: the root file system has to be

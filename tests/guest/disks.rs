@@ -1,27 +1,16 @@
 //! One small disk per case, looked at by a guest of a few seconds.
 
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use tempfile::TempDir;
 
 use crate::backend::Backend;
-use crate::material::{Image, disk_usage, sha256};
-use crate::vm::{Guest, Vm};
-
-/// A directory of the test's own, on the file system of the build rather than in memory: deltas are
-/// sparse files, and what they take on disk is looked at.
-pub fn directory() -> TempDir {
-    TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("cargo's directory takes files")
-}
-
-pub fn text(path: &Path) -> String {
-    path.to_str().expect("the path is text").to_owned()
-}
+use crate::material::{Image, directory, disk_usage, sha256, text};
+use crate::vm::{Guest, Said, Vm};
 
 /// A tiny guest from start to power-off.
-fn guest(dir: &TempDir, name: &str, disks: &[&Backend], script: &str) -> crate::vm::Said {
+fn guest(dir: &TempDir, name: &str, disks: &[&Backend], script: &str) -> Said {
     Vm::start(dir.path(), name, Guest::Tiny, 1, disks, script).finish()
 }
 

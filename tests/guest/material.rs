@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use tempfile::TempDir;
+
 use crate::backend::pando;
 
 /// The directory that `tools/guest/build` keeps up to date, and the accelerator that works here.
@@ -99,6 +101,16 @@ fn hash(path: &Path) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(file).expect("a disk can be read");
     hasher.finalize()
+}
+
+/// A directory of the test's own, on the file system of the build rather than in memory: deltas are
+/// sparse files, and what they take on disk is looked at.
+pub fn directory() -> TempDir {
+    TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("cargo's directory takes files")
+}
+
+pub fn text(path: &Path) -> String {
+    path.to_str().expect("the path is text").to_owned()
 }
 
 /// As the guest's sha256sum prints it.
