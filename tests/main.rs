@@ -2,5 +2,6 @@
 
 mod cli;
 mod ring;
+mod session;
 mod tidy;
 mod volume;

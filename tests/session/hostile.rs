@@ -1,0 +1,719 @@
+//! Guests and front ends that mean harm, or are broken: the request or the session ends with a clear line in the log, and the
+//! next front end is served.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::rngs::SmallRng;
+use rand::{Rng, RngExt, SeedableRng};
+use rustix::fs::MemfdFlags;
+use vhost::VhostUserMemoryRegionInfo;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::{VhostBackend, VringConfigData};
+
+use super::client::{Client, Profile, check_served};
+use super::guest::{Guest, memfd};
+use super::harness::{Backend, Disk, PATIENCE, SECTOR};
+use super::queue::{IN, NO_STATUS, OK, header};
+use super::raw::{self, RawFrontEnd, message, region, state};
+use super::ring::{Buffer, Descriptor, Event, INDIRECT, NEXT, WRITE};
+
+const DISK_BYTES: usize = 1 << 20;
+
+/// A backend that has to outlive all that is done to it.
+struct Target {
+    disk: Disk,
+    backend: Backend,
+    model: Vec<u8>,
+    cases: u64,
+}
+
+impl Target {
+    fn new() -> Target {
+        let disk = Disk::new(DISK_BYTES);
+        let backend = disk.serve();
+        let model = disk.contents.clone();
+        Target { disk, backend, model, cases: 0 }
+    }
+
+    /// Does something hostile over a connection of a front end that is set up, and sees that nothing comes of it.
+    #[track_caller]
+    fn guest(&mut self, name: &str, words: &[&str], attack: impl FnOnce(&mut Client)) {
+        eprintln!("{name}");
+        let mark = self.backend.log().mark();
+        let mut client = Client::start(&self.backend, &Profile::qemu());
+        attack(&mut client);
+        if !words.is_empty() {
+            self.backend.log().expect_after(mark, words);
+        }
+        drop(client);
+        self.check(name);
+    }
+
+    /// As [`Target::guest`], with messages as bytes, on a connection on which nothing has been said.
+    #[track_caller]
+    fn front_end(&mut self, name: &str, words: &[&str], attack: impl FnOnce(&mut RawFrontEnd)) {
+        eprintln!("{name}");
+        let mark = self.backend.log().mark();
+        let mut front_end = RawFrontEnd { stream: self.backend.connect() };
+        attack(&mut front_end);
+        if !words.is_empty() {
+            self.backend.log().expect_after(mark, words);
+        }
+        drop(front_end);
+        self.check(name);
+    }
+
+    #[track_caller]
+    fn check(&mut self, name: &str) {
+        self.cases += 1;
+        assert!(self.backend.is_running(), "the backend ended after: {name}");
+        check_served(&self.backend, &mut self.model, self.cases);
+    }
+
+    /// Sees that the worker is still the one that it was.
+    #[track_caller]
+    fn same_worker(&self, worker: u32) {
+        assert_eq!(self.backend.worker(), worker, "the worker died");
+    }
+}
+
+/// Puts one chain on the ring that the test has laid out itself, and expects it back with this length.
+#[track_caller]
+fn offer(client: &mut Client, head: u16, len: u32) {
+    let ring = &mut client.queues[0].ring;
+    ring.publish(head);
+    ring.kick_anyway();
+    assert_eq!(ring.wait_used(PATIENCE), Some((head, len)));
+}
+
+/// A place with a header that asks for sector 0, and a status behind it.
+fn request(client: &Client) -> (u64, u64) {
+    let place = client.guest.allocate(32, 16);
+    client.guest.write(place, &header(IN, 0));
+    client.guest.write(place + 16, &[NO_STATUS]);
+    (place, place + 16)
+}
+
+fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> Descriptor {
+    Descriptor { address, len, flags, next }
+}
+
+#[test]
+fn a_chain_that_is_wrong_is_one_request_that_fails() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    let chain = |target: &mut Target, name: &str, words: &[&str], descriptors: &[Descriptor]| {
+        target.guest(name, words, |client| {
+            for (index, descriptor) in descriptors.iter().enumerate() {
+                client.queues[0].ring.set_descriptor(index as u16, *descriptor);
+            }
+            offer(client, 0, 0);
+            // The ring goes on.
+            assert_eq!(client.queues[0].read(0, SECTOR).len(), SECTOR);
+        });
+    };
+    let place = 8 << 20;
+    let outside = 1 << 40;
+    chain(&mut target, "a loop of one", &["loops"], &[descriptor(place, 16, NEXT, 0)]);
+    let two = [descriptor(place, 16, NEXT, 1), descriptor(place, 16, NEXT, 0)];
+    chain(&mut target, "a loop of two", &["loops"], &two);
+    let late = [descriptor(place, 16, NEXT, 1), descriptor(place, 16, NEXT, 2), descriptor(place, 1, NEXT | WRITE, 1)];
+    chain(&mut target, "a loop behind a start", &["readable", "writable"], &late);
+    chain(&mut target, "a next that does not exist", &["descriptor 128"], &[descriptor(place, 16, NEXT, 128)]);
+    chain(&mut target, "a next far out", &["descriptor 65535"], &[descriptor(place, 16, NEXT, 65535)]);
+    chain(&mut target, "a buffer outside memory", &["not guest memory"], &[descriptor(outside, 16, 0, 0)]);
+    chain(
+        &mut target,
+        "a buffer at the end of all addresses",
+        &["not guest memory"],
+        &[descriptor(u64::MAX, 16, 0, 0)],
+    );
+    chain(&mut target, "a length past the end", &["not guest memory"], &[descriptor((24 << 20) - 8, 16, 0, 0)]);
+    chain(&mut target, "4 GiB", &["not guest memory"], &[descriptor(place, u32::MAX, WRITE, 0)]);
+    let table = |len, flags| [descriptor(place, len, INDIRECT | flags, 1)];
+    chain(&mut target, "an indirect table of nothing", &["indirect table"], &table(0, 0));
+    chain(&mut target, "an indirect table of 8 bytes", &["indirect table"], &table(8, 0));
+    chain(&mut target, "an indirect table of 24 bytes", &["indirect table"], &table(24, 0));
+    chain(&mut target, "an indirect table and more", &["indirect"], &table(16, NEXT));
+    let far = [descriptor(outside, 32, INDIRECT, 0)];
+    chain(&mut target, "an indirect table outside memory", &["indirect table"], &far);
+    chain(
+        &mut target,
+        "an indirect table of 4 GiB",
+        &["indirect table"],
+        &[descriptor(u64::MAX - 64, 0xffff_fff0, INDIRECT, 0)],
+    );
+    target.same_worker(worker);
+}
+
+#[test]
+fn indirect_tables_that_are_wrong_are_requests_that_fail() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    let table = |target: &mut Target, name: &str, words: &[&str], entries: &[Descriptor]| {
+        target.guest(name, words, |client| {
+            let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.bytes()).collect();
+            let place = client.guest.allocate(bytes.len() as u64, 16);
+            client.guest.write(place, &bytes);
+            client.queues[0].ring.set_descriptor(0, descriptor(place, bytes.len() as u32, INDIRECT, 0));
+            offer(client, 0, 0);
+            assert_eq!(client.queues[0].read(0, SECTOR).len(), SECTOR);
+        });
+    };
+    let place = 8 << 20;
+    let chain: Vec<Descriptor> = (1..=65535).map(|next| descriptor(place, 1, NEXT, next)).collect();
+    table(&mut target, "65535 entries without an end", &["loops"], &chain);
+    let mut chain = chain;
+    chain[65534].flags = 0;
+    table(&mut target, "65535 entries with an end", &["descriptors"], &chain);
+    let large: Vec<Descriptor> = (1..=65535).map(|next| descriptor(0, 24 << 20, NEXT | WRITE, next)).collect();
+    table(&mut target, "65535 times all of memory", &["descriptors"], &large);
+    table(&mut target, "a loop", &["loops"], &[descriptor(place, 1, NEXT, 1), descriptor(place, 1, NEXT, 0)]);
+    table(
+        &mut target,
+        "a next behind the table",
+        &["descriptor 2"],
+        &[descriptor(place, 1, NEXT, 1), descriptor(place, 1, NEXT, 2)],
+    );
+    table(&mut target, "a table in a table", &["indirect"], &[descriptor(place, 16, INDIRECT, 0)]);
+    table(
+        &mut target,
+        "a table at the end",
+        &["indirect"],
+        &[descriptor(place, 16, NEXT, 1), descriptor(place, 16, INDIRECT, 0)],
+    );
+    target.same_worker(worker);
+}
+
+#[test]
+fn requests_that_ask_for_too_much_fail() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    // The same memory, again and again: gigabytes in one request.
+    target.guest("8 GiB of the same memory", &["at most 256 MiB"], |client| {
+        let (head, status) = request(client);
+        let mut buffers = vec![Buffer::readable(head, 16)];
+        buffers.extend([Buffer::writable(1 << 20, 8 << 20); 1000]);
+        buffers.push(Buffer::writable(status, 1));
+        let table = client.guest.allocate(16 * 1100, 16);
+        client.queues[0].ring.submit_indirect(table, &buffers);
+        client.queues[0].ring.kick();
+        assert_eq!(client.queues[0].ring.wait_used(PATIENCE).map(|(_, len)| len), Some(1));
+    });
+    // No place for a status.
+    target.guest("a status in a buffer that is not to be written", &["no writable byte"], |client| {
+        let (head, status) = request(client);
+        client.queues[0].ring.submit(&[Buffer::readable(head, 16), Buffer::readable(status, 1)]);
+        client.queues[0].ring.kick();
+        assert_eq!(client.queues[0].ring.wait_used(PATIENCE).map(|(_, len)| len), Some(0));
+        assert_eq!(client.guest.read(status, 1), [NO_STATUS]);
+    });
+    // Data over the request's own header, over the ring, over the status.
+    target.guest("data over everything", &[], |client| {
+        let (head, status) = request(client);
+        let ring = &mut client.queues[0].ring;
+        let over_status = Buffer::writable(status - 16, SECTOR);
+        ring.submit(&[Buffer::readable(head, 16), over_status, Buffer::writable(status, 1)]);
+        ring.kick();
+        assert_eq!(ring.wait_used(PATIENCE).map(|(_, len)| len), Some(1 + SECTOR as u32));
+        assert_eq!(client.guest.read(status, 1), [OK]);
+        // Random bytes of the image as descriptors, indexes and all.
+        let whole = Buffer::writable(client.queues[0].ring.descriptors, 4096 + 2048);
+        let (head, status) = request(client);
+        let ring = &mut client.queues[0].ring;
+        ring.submit(&[Buffer::readable(head, 16), whole, Buffer::writable(status, 1)]);
+        ring.kick_anyway();
+        std::thread::sleep(Duration::from_millis(50));
+    });
+    target.same_worker(worker);
+}
+
+#[test]
+fn a_ring_that_is_wrong_is_served_no_further() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    for (name, index) in [("far", 129), ("backwards", u16::MAX), ("half round", 32768)] {
+        target.guest(&format!("an available index that jumps {name}"), &["jumped", "served no further"], |client| {
+            let broken = Event::new();
+            client.front_end.set_vring_err(0, &broken.descriptor).expect("SET_VRING_ERR");
+            client.settle();
+            client.guest.store(client.queues[0].ring.available + 2, index);
+            client.queues[0].ring.kick_anyway();
+            assert!(broken.wait(PATIENCE), "the front end is not told");
+            assert_eq!(client.queues[0].ring.used_index(), 0);
+            // It can be stopped, set right and started again.
+            assert_eq!(client.base(0), 0);
+            client.guest.store(client.queues[0].ring.available + 2, 0);
+            client.set_up(0, 0);
+            client.settle();
+            assert_eq!(client.queues[0].read(0, SECTOR).len(), SECTOR);
+        });
+    }
+    for head in [128, 65535] {
+        target.guest(&format!("a head of {head}"), &["names descriptor", "served no further"], |client| {
+            // One that is right goes ahead of it, and is completed.
+            let (place, status) = request(client);
+            let ring = &mut client.queues[0].ring;
+            ring.submit(&[Buffer::readable(place, 16), Buffer::writable(8 << 20, SECTOR), Buffer::writable(status, 1)]);
+            ring.publish(head);
+            ring.kick_anyway();
+            assert!(ring.wait_used(PATIENCE).is_some());
+            assert_eq!(client.guest.read(status, 1), [OK]);
+            assert_eq!(client.base(0), 1, "what is wrong was not taken");
+        });
+    }
+    target.same_worker(worker);
+}
+
+#[test]
+fn a_ring_that_changes_while_it_is_read_does_no_harm() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    target.guest("noise", &[], |client| {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let (descriptors, available) = (client.queues[0].ring.descriptors, client.queues[0].ring.available);
+        // Chains that are mostly right, whose numbers change all the time.
+        let (head, status) = request(client);
+        let begun = Instant::now();
+        let mut index = 0u16;
+        while begun.elapsed() < Duration::from_millis(1500) {
+            for _ in 0..16 {
+                let slot = rng.random_range(0..8u16);
+                let kinds = [
+                    descriptor(head, 16, NEXT, rng.random_range(0..8)),
+                    descriptor(8 << 20, rng.random_range(0..9000), NEXT | WRITE, rng.random_range(0..8)),
+                    descriptor(status, 1, WRITE, 0),
+                    descriptor(descriptors, 128, INDIRECT, 0),
+                    descriptor(rng.random(), rng.random(), rng.random_range(0..8), rng.random_range(0..200)),
+                ];
+                let written = kinds[rng.random_range(0..kinds.len())].bytes();
+                client.guest.write(descriptors + 16 * u64::from(slot), &written);
+                client.guest.store(available + 4 + 2 * u64::from(index % 128), rng.random_range(0..8));
+                index = index.wrapping_add(1);
+            }
+            client.guest.store(available + 2, index);
+            client.queues[0].ring.kick_anyway();
+            // Never so far ahead that it counts as a jump, for then the ring would be served no further.
+            while index.wrapping_sub(client.queues[0].ring.used_index()) > 100 && begun.elapsed() < PATIENCE {
+                std::thread::yield_now();
+            }
+        }
+        assert!(index > 1000, "{index} chains were served");
+    });
+    target.same_worker(worker);
+    let size = std::fs::metadata(target.disk.base()).expect("the image").len();
+    assert_eq!(size, DISK_BYTES as u64);
+}
+
+/// Sets a ring up somewhere, without what [`Client`] would do.
+fn set_up_at(client: &mut Client, change: impl FnOnce(&mut VringConfigData)) {
+    let mut config = client.queues[0].ring.config();
+    change(&mut config);
+    let kick = &client.queues[0].ring.kick.descriptor;
+    let front_end = &client.front_end;
+    // What the backend refuses ends the connection, and the rest finds it closed.
+    let _ = front_end
+        .set_vring_num(0, config.queue_size)
+        .and_then(|()| front_end.set_vring_base(0, 0))
+        .and_then(|()| front_end.set_vring_addr(0, &config))
+        .and_then(|()| front_end.set_vring_kick(0, kick));
+}
+
+#[test]
+fn rings_that_are_not_in_guest_memory_end_the_session() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    type Change = fn(&mut VringConfigData);
+    let cases: [(&str, &[&str], Change); 9] = [
+        ("a table nowhere", &["descriptor table", "not within"], |config| config.desc_table_addr = 0x1000),
+        ("an available ring nowhere", &["available ring", "not within"], |config| config.avail_ring_addr = 0x1000),
+        ("a used ring nowhere", &["used ring", "not within"], |config| config.used_ring_addr = 0x1000),
+        ("a table at the end of all addresses", &["not within"], |config| config.desc_table_addr = u64::MAX - 15),
+        ("a used ring at the end of all addresses", &["not within"], |config| config.used_ring_addr = u64::MAX - 3),
+        ("a table out of line", &["ended"], |config| config.desc_table_addr += 8),
+        ("an available ring out of line", &["ended"], |config| config.avail_ring_addr += 1),
+        ("a used ring out of line", &["ended"], |config| config.used_ring_addr += 2),
+        ("a table that ends outside", &["not within"], |config| config.queue_size = 32768),
+    ];
+    for (name, words, change) in cases {
+        eprintln!("{name}");
+        let mark = target.backend.log().mark();
+        let guest = Guest::with_regions(&[(0, 256 << 10)], super::guest::Backing::Memfd).expect("guest memory");
+        let profile = Profile { depth: 1, request_bytes: 512, ..Profile::qemu() };
+        let mut client = Client::negotiate(target.backend.connect(), &profile, guest);
+        client.tell_memory();
+        client.enable(0, true);
+        set_up_at(&mut client, change);
+        target.backend.log().expect_after(mark, words);
+        drop(client);
+        target.check(name);
+    }
+    target.same_worker(worker);
+}
+
+#[test]
+fn memory_that_cannot_be_ends_the_session() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    let profile = Profile { depth: 1, request_bytes: 512, ..Profile::qemu() };
+    let file = memfd(1 << 20, MemfdFlags::empty()).expect("a memfd");
+    let null = File::open("/dev/null").expect("/dev/null");
+    let directory = File::open("/").expect("/");
+    let (reader, _writer) = rustix::pipe::pipe().expect("a pipe");
+    let read_only = File::open(target.disk.base()).expect("the image");
+    let event = Event::new();
+    let place = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 1 << 40,
+        memory_size: 1 << 20,
+        userspace_addr: 1 << 44,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    let with = |handle: RawFd| VhostUserMemoryRegionInfo { mmap_handle: handle, ..place };
+    let cases = [
+        ("a file that is shorter", VhostUserMemoryRegionInfo { memory_size: (1 << 20) + 1, ..place }),
+        ("an offset behind the file", VhostUserMemoryRegionInfo { mmap_offset: 1 << 20, ..place }),
+        ("an offset that leaves less", VhostUserMemoryRegionInfo { mmap_offset: 4096, ..place }),
+        ("a region of all addresses", VhostUserMemoryRegionInfo { memory_size: u64::MAX / 4, ..place }),
+        ("the same guest addresses again", VhostUserMemoryRegionInfo { guest_phys_addr: 0, ..place }),
+        ("guest addresses in part again", VhostUserMemoryRegionInfo { guest_phys_addr: (16 << 20) - 4096, ..place }),
+        ("/dev/null", with(null.as_raw_fd())),
+        ("a directory", with(directory.as_raw_fd())),
+        ("a pipe", with(reader.as_raw_fd())),
+        ("an event descriptor", with(event.descriptor.as_raw_fd())),
+        ("a file that may not be written", with(read_only.as_raw_fd())),
+    ];
+    for (name, wrong) in cases {
+        eprintln!("{name}");
+        let mark = target.backend.log().mark();
+        let mut client = Client::start(&target.backend, &profile.clone().answered());
+        let result = vhost::vhost_user::VhostUserFrontend::add_mem_region(&mut client.front_end, &wrong);
+        assert!(result.is_err(), "{name} is taken");
+        target.backend.log().expect_after(mark, &["ended", "region"]);
+        drop(client);
+        target.check(name);
+    }
+    target.guest("a region that is not there is removed", &["does not exist"], |client| {
+        vhost::vhost_user::VhostUserFrontend::remove_mem_region(&mut client.front_end, &place).expect("it is sent");
+    });
+    target.guest("more regions than fit", &["memory regions: expected at most"], |client| {
+        for number in 0..200 {
+            let region = VhostUserMemoryRegionInfo { guest_phys_addr: (1 << 40) + (number << 20), ..place };
+            // The backend ends the connection in the midst of them.
+            if vhost::vhost_user::VhostUserFrontend::add_mem_region(&mut client.front_end, &region).is_err() {
+                break;
+            }
+        }
+    });
+    target.same_worker(worker);
+}
+
+#[test]
+fn messages_that_make_no_sense_end_the_session() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    let ended: &[&str] = &["the connection is ended"];
+    let number = |number: u64| number.to_ne_bytes();
+    let simple: Vec<(&str, u32, Vec<u8>)> = vec![
+        ("a ring that does not exist, its size", raw::SET_VRING_NUM, state(16, 128).into()),
+        ("a ring that does not exist, its base", raw::SET_VRING_BASE, state(u32::MAX, 0).into()),
+        ("a ring that does not exist, asked for its base", raw::GET_VRING_BASE, state(16, 0).into()),
+        ("a ring that does not exist, enabled", raw::SET_VRING_ENABLE, state(256, 1).into()),
+        ("enabled with 2", raw::SET_VRING_ENABLE, state(0, 2).into()),
+        ("a size of 0", raw::SET_VRING_NUM, state(0, 0).into()),
+        ("a size of 3", raw::SET_VRING_NUM, state(0, 3).into()),
+        ("a size of 65536", raw::SET_VRING_NUM, state(0, 65536).into()),
+        ("a size of 2^31", raw::SET_VRING_NUM, state(0, 1 << 31).into()),
+        ("a base of 65536", raw::SET_VRING_BASE, state(0, 65536).into()),
+        ("a body for what has none", raw::RESET_OWNER, vec![0; 8]),
+        ("all features", raw::SET_FEATURES, number(u64::MAX).into()),
+        ("a feature that is not offered", raw::SET_FEATURES, number(1 << 34).into()),
+        ("all protocol features", raw::SET_PROTOCOL_FEATURES, number(u64::MAX).into()),
+        ("half a number", raw::SET_FEATURES, vec![0; 4]),
+        ("two numbers", raw::SET_FEATURES, vec![0; 16]),
+        ("a body where none belongs", raw::GET_FEATURES, vec![0; 8]),
+        ("a body of nothing", raw::SET_VRING_ADDR, vec![]),
+        ("the largest body", raw::SET_VRING_NUM, vec![0; 4096]),
+        ("memory of no regions", raw::SET_MEM_TABLE, vec![0; 8]),
+        ("memory of 2^32 regions", raw::SET_MEM_TABLE, [[0xff; 4], [0; 4]].concat()),
+        ("memory of a region that is not there", raw::SET_MEM_TABLE, [[1, 0, 0, 0], [0; 4]].concat()),
+        (
+            "memory without a file",
+            raw::SET_MEM_TABLE,
+            [&[1, 0, 0, 0, 0, 0, 0, 0][..], &region(0, 4096, 0, 0)[8..]].concat(),
+        ),
+        ("a region without a file", raw::ADD_MEM_REG, region(0, 4096, 0, 0)),
+        ("a kick without a descriptor", raw::SET_VRING_KICK, number(0).into()),
+        ("no kick at all", raw::SET_VRING_KICK, number(0x100).into()),
+        ("a call without a descriptor", raw::SET_VRING_CALL, number(0).into()),
+        ("a call for a ring that does not exist, and none", raw::SET_VRING_CALL, number(0x1ff).into()),
+        (
+            "flags of an address that do not exist",
+            raw::SET_VRING_ADDR,
+            [&[0, 0, 0, 0, 0xff, 0, 0, 0][..], &[0; 32]].concat(),
+        ),
+        ("a configuration of nothing", raw::GET_CONFIG, vec![0; 12]),
+        ("a configuration larger than the message", raw::GET_CONFIG, [[0; 4], [0, 1, 0, 0], [0; 4]].concat()),
+        (
+            "a configuration at the end of all numbers",
+            raw::GET_CONFIG,
+            [[0xff; 4], [8, 0, 0, 0], [0; 4], [0; 4], [0; 4]].concat(),
+        ),
+        ("an inflight region, which is not offered", raw::GET_INFLIGHT_FD, vec![0; 24]),
+        ("request 0", 0, vec![]),
+        ("a request that does not exist", 99, vec![]),
+        ("the largest request", u32::MAX, vec![0; 100]),
+    ];
+    for (name, request, body) in simple {
+        target.front_end(name, ended, |front_end| {
+            front_end.negotiate();
+            front_end.send(request, &body, &[]);
+            assert!(front_end.is_ended_within(PATIENCE), "{name}: the connection goes on");
+        });
+    }
+    target.same_worker(worker);
+}
+
+#[test]
+fn headers_that_make_no_sense_end_the_session() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    let ended: &[&str] = &["the connection is ended"];
+    let mut noise = vec![0; 4096];
+    SmallRng::seed_from_u64(2).fill_bytes(&mut noise);
+    let cases: [(&str, Vec<u8>); 6] = [
+        ("version 0", message(raw::GET_FEATURES, 0, &[])),
+        ("version 3", message(raw::GET_FEATURES, 3, &[])),
+        ("an answer", message(raw::GET_FEATURES, raw::VERSION | 4, &[])),
+        (
+            "a body of 4 GiB",
+            [raw::SET_FEATURES, raw::VERSION, u32::MAX].iter().flat_map(|part| part.to_ne_bytes()).collect(),
+        ),
+        ("a body of 5000 bytes", [&message(raw::SET_FEATURES, raw::VERSION, &[0; 5000])[..]].concat()),
+        ("noise", noise),
+    ];
+    for (name, bytes) in cases {
+        target.front_end(name, ended, |front_end| {
+            front_end.send_bytes(&bytes, &[]).expect("the backend listens");
+            assert!(front_end.is_ended_within(PATIENCE), "{name}: the connection goes on");
+        });
+    }
+    // Random messages, mostly of requests that exist and with bodies of the right size.
+    let mut rng = SmallRng::seed_from_u64(3);
+    let file = memfd(1 << 20, MemfdFlags::empty()).expect("a memfd");
+    for round in 0..60 {
+        target.front_end(&format!("random messages, round {round}"), &[], |front_end| {
+            front_end.stream.set_nonblocking(true).expect("a mode");
+            for _ in 0..30 {
+                let request = rng.random_range(1..44);
+                let mut body = vec![0; [0, 8, 12, 16, 20, 24, 32, 40, 48][rng.random_range(0..9)]];
+                for byte in &mut body {
+                    *byte = if rng.random_range(0..4) == 0 { rng.random() } else { 0 };
+                }
+                let descriptors = vec![file.as_raw_fd(); [0, 0, 1, 2][rng.random_range(0..4)]];
+                let flags = raw::VERSION | if rng.random() { raw::NEED_REPLY } else { 0 };
+                if front_end.send_bytes(&message(request, flags, &body), &descriptors).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    target.same_worker(worker);
+}
+
+#[test]
+fn messages_in_no_order_or_twice_do_no_harm() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    // Nothing but pieces of a set-up, in random order, many of them twice; then one in order on the same connection.
+    let mut rng = SmallRng::seed_from_u64(4);
+    for round in 0..40 {
+        eprintln!("round {round}");
+        let mut client =
+            Client::negotiate(target.backend.connect(), &Profile::qemu().queues(2).answered(), Guest::new());
+        client.tell_memory();
+        let mut told = true;
+        for _ in 0..40 {
+            use super::client::Step;
+            let ring = rng.random_range(0..2);
+            match rng.random_range(0..10) {
+                0 => client.step(ring, Step::Num, 0),
+                1 => client.step(ring, Step::Base, rng.random_range(0..2)),
+                2 => client.step(ring, Step::Addr, 0),
+                3 => client.step(ring, Step::Kick, 0),
+                4 => client.step(ring, Step::Call, 0),
+                5 => client.step(ring, Step::Err, 0),
+                6 => client.enable(ring, rng.random()),
+                7 => {
+                    client.base(ring);
+                }
+                8 => client.front_end.set_features(client.features).expect("SET_FEATURES"),
+                _ => {
+                    let regions = client.guest.regions();
+                    for region in &regions {
+                        use vhost::vhost_user::VhostUserFrontend;
+                        if told {
+                            client.front_end.remove_mem_region(region).expect("REM_MEM_REG");
+                        } else {
+                            client.front_end.add_mem_region(region).expect("ADD_MEM_REG");
+                        }
+                    }
+                    told = !told;
+                }
+            }
+        }
+        if !told {
+            client.tell_memory();
+        }
+        for ring in 0..2 {
+            client.base(ring);
+            client.set_up(ring, 0);
+            client.enable(ring, true);
+            client.queues[ring].work(&mut target.model, 0..2048, &mut rng, 2);
+        }
+    }
+    target.check("messages in no order");
+    target.same_worker(worker);
+}
+
+#[test]
+fn half_messages_end_the_session_with_their_front_end() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    let whole = message(raw::SET_VRING_NUM, raw::VERSION, &state(0, 128));
+    for len in [1, 4, 11, 12, 13, whole.len() - 1] {
+        target.front_end(&format!("{len} bytes, and gone"), &["front end"], |front_end| {
+            front_end.negotiate();
+            front_end.send_bytes(&whole[..len], &[]).expect("the backend listens");
+        });
+    }
+    // Byte by byte is slow, and right.
+    let mut front_end = RawFrontEnd { stream: target.backend.connect() };
+    for byte in message(raw::GET_FEATURES, raw::VERSION, &[]) {
+        front_end.stream.write_all(&[byte]).expect("the backend listens");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(front_end.receive().len(), 8);
+    drop(front_end);
+    // A descriptor with the first half of a message, which then is too old to mean anything.
+    let event = Event::new();
+    target.front_end("a descriptor with half a message", &["front end"], |front_end| {
+        front_end.negotiate();
+        let kick = message(raw::SET_VRING_KICK, raw::VERSION, &0u64.to_ne_bytes());
+        front_end.send_bytes(&kick[..6], &[event.descriptor.as_raw_fd()]).expect("the backend listens");
+    });
+    // Many descriptors with a message that takes none.
+    let many = vec![event.descriptor.as_raw_fd(); 100];
+    let before = super::harness::descriptors_of(target.backend.keeper());
+    for count in [1, 2, 32, 33, 100] {
+        let name = format!("{count} descriptors with a message of none");
+        target.front_end(&name, &["the connection is ended"], |front_end| {
+            front_end.send(raw::GET_FEATURES, &[], &many[..count]);
+            assert!(front_end.is_ended_within(PATIENCE));
+        });
+        target.front_end(&name, &["the connection is ended"], |front_end| {
+            let message = message(raw::SET_FEATURES, raw::VERSION, &[0; 8]);
+            front_end.send_bytes(&message[..5], &[]).expect("the backend listens");
+            front_end.send_bytes(&message[5..12], &many[..count]).expect("the backend listens");
+            front_end.send_bytes(&message[12..], &many[..count]).expect("the backend listens");
+            assert!(front_end.is_ended_within(PATIENCE));
+        });
+    }
+    assert_eq!(super::harness::descriptors_of(target.backend.keeper()), before, "descriptors are left open");
+    target.same_worker(worker);
+}
+
+#[test]
+fn a_front_end_that_stalls_does_not_keep_the_next_waiting_for_ever() {
+    let mut target = Target::new();
+    target.front_end("half a message, and nothing more", &["and no more"], |front_end| {
+        front_end.negotiate();
+        let half = &message(raw::SET_VRING_NUM, raw::VERSION, &state(0, 128))[..13];
+        front_end.send_bytes(half, &[]).expect("the backend listens");
+        assert!(front_end.is_ended_within(PATIENCE), "the connection goes on");
+    });
+}
+
+#[test]
+fn a_front_end_that_never_reads_does_not_keep_the_next_waiting_for_ever() {
+    let mut target = Target::new();
+    target.front_end("answers that nobody reads", &["does not read"], ask_without_reading);
+}
+
+/// Fills the connection with answers.
+fn ask_without_reading(front_end: &mut RawFrontEnd) {
+    front_end.stream.set_nonblocking(true).expect("a mode");
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(500) {
+        if front_end.send_bytes(&message(raw::GET_FEATURES, raw::VERSION, &[]), &[]).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn a_stalled_front_end_does_not_hold_up_the_end() {
+    let disk = Disk::new(DISK_BYTES);
+    let stalls: [fn(&mut RawFrontEnd); 2] = [ask_without_reading, |front_end| {
+        front_end.negotiate();
+        let half = &message(raw::SET_VRING_NUM, raw::VERSION, &[0; 8])[..15];
+        front_end.send_bytes(half, &[]).expect("the backend listens");
+    }];
+    for stall in stalls {
+        let mut backend = disk.serve();
+        let mut front_end = RawFrontEnd { stream: backend.connect() };
+        stall(&mut front_end);
+        let begun = Instant::now();
+        backend.stop();
+        assert!(begun.elapsed() < Duration::from_secs(5), "it took {:?} to end", begun.elapsed());
+    }
+}
+
+#[test]
+fn guest_memory_that_shrinks_costs_the_session_alone() {
+    let mut target = Target::new();
+    for region in [0, 1] {
+        eprintln!("region {region} shrinks");
+        let mark = target.backend.log().mark();
+        let mut client = Client::start(&target.backend, &Profile::qemu());
+        client.queues[0].read(0, SECTOR);
+        client.queues[0].write(0, &target.model[..SECTOR]);
+        let (place, status) = request(&client);
+        let guest = Arc::clone(&client.guest);
+        // The first region holds the ring; the second, data alone.
+        let data = 16 << 20;
+        client.queues[0].ring.submit(&[
+            Buffer::readable(place, 16),
+            Buffer::writable(data, SECTOR),
+            Buffer::writable(status, 1),
+        ]);
+        let kick = client.queues[0].ring.kick.descriptor.try_clone().expect("a descriptor");
+        guest.file_of(region).set_len(0).expect("the memfd shrinks");
+        // From here on this process must not touch the region either.
+        kick.write(1).expect("an event descriptor");
+        target.backend.log().expect_after(mark, &["worker has died"]);
+        drop(client);
+        target.check("memory that shrinks");
+    }
+}
+
+#[test]
+fn all_protocol_features_but_none_of_the_rest() {
+    // A front end that takes nothing, and then wants what it has not taken.
+    let mut target = Target::new();
+    let taken = VhostUserProtocolFeatures::empty().bits();
+    for (request, body) in
+        [(raw::GET_CONFIG, vec![0; 20]), (raw::SET_CONFIG, vec![0; 20]), (raw::ADD_MEM_REG, region(0, 4096, 0, 0))]
+    {
+        target.front_end(&format!("request {request}, not negotiated"), &["the connection is ended"], |front_end| {
+            front_end.ask(raw::GET_FEATURES);
+            front_end.send(raw::SET_PROTOCOL_FEATURES, &taken.to_ne_bytes(), &[]);
+            front_end.send(request, &body, &[]);
+            assert!(front_end.is_ended_within(PATIENCE));
+        });
+    }
+}

@@ -1,0 +1,18 @@
+//! Sessions: the real backend over a real socket, with front ends and drivers of our own and of others.
+//!
+//! What the tests talk with: a [`harness::Backend`] is the program on files of its own; a [`guest::Guest`] is memory that
+//! both sides map; a [`ring::Ring`] is a virtqueue from the driver's side; a [`queue::Queue`] puts disk requests on it; a
+//! [`client::Client`] is a whole front end; [`raw::RawFrontEnd`] sends what no front end should.
+
+mod client;
+mod guest;
+mod harness;
+mod queue;
+mod raw;
+mod ring;
+
+mod drain;
+mod hostile;
+mod lifecycle;
+mod requests;
+mod setup;
