@@ -150,6 +150,20 @@ fn a_file_cut_short_is_lengthened_unless_that_would_hide_a_loss() {
     holds(disk.pando("check", &["--repair"]).ok(), &["repaired: made the file", "no faults"]);
     assert_eq!(std::fs::metadata(disk.delta()).unwrap().len(), layout.file_bytes());
 
+    // All of the last group's map, and nothing of its data.
+    disk.set_len(layout.map_block(2) + 4096);
+    holds(disk.pando("check", &["--repair"]).ok(), &["repaired: made the file"]);
+    disk.set_len(layout.map_block(2) + 4095);
+    for arguments in [&["--json"][..], &["--json", "--repair"]] {
+        let check = disk.pando("check", arguments);
+        assert_eq!(check.code, 2, "what the cut-off map said is not known");
+        let json = check.json();
+        assert_eq!((&json["faults"], &json["findings"][0]["kind"]), (&1.into(), &"too-short".into()));
+        assert_eq!(json["findings"][0]["lost"]["start"], 2 * 16128 * CLUSTER);
+        assert_eq!(json["findings"][0]["lost"]["length"], (40_000 - 2 * 16128) * CLUSTER);
+        assert_eq!(std::fs::metadata(disk.delta()).unwrap().len(), layout.map_block(2) + 4095);
+    }
+
     // Within cluster 7: that and those behind it are gone.
     let cut = layout.data(7) + 1;
     disk.set_len(cut);

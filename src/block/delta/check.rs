@@ -10,7 +10,7 @@ use std::path::Path;
 use crate::units::ByteCount;
 
 use super::header::{HEADER_AT, HeaderFault, SESSION_AT};
-use super::layout::Layout;
+use super::layout::{Layout, MAP_BLOCK_BYTES};
 use super::map::{MapFault, State};
 use super::open::{Holder, OpenError};
 use super::survey::{Condition, GroupStates, Survey};
@@ -62,8 +62,13 @@ pub enum Finding {
     },
     /// Clusters are marked as in the delta and lie past the end of the file, the first at `offset`.
     PastEnd { offset: u64, clusters: u64, lost: Range<u64> },
-    /// The file is shorter than it was made.
-    TooShort { found: u64, expected: u64 },
+    /// The file is shorter than it was made. When parts of the cluster map were cut off too, nobody knows what else was.
+    TooShort {
+        found: u64,
+        expected: u64,
+        /// Bytes of the volume whose map was cut off, if any.
+        lost: Option<Range<u64>>,
+    },
     /// The file is longer than it was made.
     TooLong { found: u64, expected: u64 },
     /// The file holds space for clusters that are not in the delta, the first at `offset`.
@@ -115,6 +120,7 @@ impl Finding {
     pub fn lost(&self) -> Option<Range<u64>> {
         match self {
             Finding::Map { lost, .. } | Finding::PastEnd { lost, .. } => Some(lost.clone()),
+            Finding::TooShort { lost, .. } => lost.clone(),
             _ => None,
         }
     }
@@ -136,7 +142,11 @@ impl Finding {
                 "it is not repaired, for that would be a guess: bring the file back from a backup, or save what the rest of the volume holds"
             }
             Finding::PastEnd { .. } => "their contents are gone: bring the file back from a backup",
-            Finding::TooShort { .. } => "--repair makes it as long as it has to be, if nothing was cut off",
+            Finding::TooShort { lost: None, .. } => "--repair makes it as long as it has to be, if nothing was cut off",
+            Finding::TooShort { lost: Some(_), .. } => {
+                "it is not repaired, for that would hide what was cut off: bring the file back from a backup; or, when it is \
+                 certain that there was only a hole, make it as long as it has to be with 'truncate'"
+            }
             Finding::TooLong { .. } => "nothing that a volume reads lies there; --repair cuts it off",
             Finding::Leak { .. } => {
                 "harmless: a power loss leaves it, and so does a guest that asks for zeros and to keep the space; --repair gives it back"
@@ -167,8 +177,14 @@ impl fmt::Display for Finding {
                 "{clusters} clusters in the delta lie past the end of the file; they are of bytes {} to {} of the volume",
                 lost.start, lost.end
             ),
-            Finding::TooShort { found, expected } => {
-                write!(f, "the file is {found} bytes long, expected {expected}")
+            Finding::TooShort { found, expected, lost } => {
+                write!(f, "the file is {found} bytes long, expected {expected}")?;
+                let Some(lost) = lost else { return Ok(()) };
+                write!(
+                    f,
+                    "; the cluster map of bytes {} to {} of the volume was cut off, and with it whatever of them was in the delta",
+                    lost.start, lost.end
+                )
             }
             Finding::TooLong { found, expected } => {
                 write!(f, "the file is {found} bytes long, expected {expected}: the rest belongs to nothing")
@@ -222,7 +238,7 @@ pub fn check_survey(survey: &Survey) -> Result<Report, OpenError> {
     }
     let (found, expected) = (survey.file_and_disk_bytes()?.0, layout.file_bytes());
     if found < expected {
-        report.add(Finding::TooShort { found, expected });
+        report.add(Finding::TooShort { found, expected, lost: bytes_without_map(&layout, found) });
     }
     let mut past_end: Option<(u64, u64, Range<u64>)> = None;
     let mut leaks = Leaks::new(survey);
@@ -281,6 +297,15 @@ fn held_past(group: &GroupStates, layout: &Layout, file_bytes: u64) -> Option<(u
         }
     }
     held
+}
+
+/// The bytes of the volume whose cluster map lies, in whole or in part, past the end of the file.
+fn bytes_without_map(layout: &Layout, file_bytes: u64) -> Option<Range<u64>> {
+    let group = layout.group_at(file_bytes);
+    let has_map = file_bytes >= layout.map_block(group) + MAP_BLOCK_BYTES;
+    let first = if has_map { group + 1 } else { group };
+    (first < layout.group_count())
+        .then(|| volume_bytes(layout, &(layout.clusters_of(first).start..layout.cluster_count())))
 }
 
 /// The bytes of the volume that some clusters stand for.

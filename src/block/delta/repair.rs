@@ -61,7 +61,10 @@ pub fn repair(path: &Path) -> Result<(Vec<Repair>, Report), OpenError> {
 
     let found = survey()?;
     let report = check_survey(&found)?;
-    let cut_off = report.findings.iter().any(|finding| matches!(finding, Finding::PastEnd { .. }));
+    let cut_off = report
+        .findings
+        .iter()
+        .any(|finding| matches!(finding, Finding::PastEnd { .. } | Finding::TooShort { lost: Some(_), .. }));
     let (from, to) = (found.file_and_disk_bytes()?.0, header.layout.file_bytes());
     if from != to && !cut_off {
         file.set_len(to).and_then(|()| file.sync_all()).map_err(io("change the length of", to))?;
