@@ -48,9 +48,10 @@ fn reconnects_leave_nothing_behind() {
     let mut model = disk.contents.clone();
     let mut rng = SmallRng::seed_from_u64(1);
     let measure = || {
-        // The last connection's end is done when the next one is answered.
         drop(Client::start(&backend, &Profile::qemu()));
-        RawFrontEnd { stream: backend.connect() }.ask(raw::GET_FEATURES);
+        // All that was the last connection's is closed when the next one is answered.
+        let mut connection = RawFrontEnd { stream: backend.connect() };
+        connection.ask(raw::GET_FEATURES);
         let processes = [backend.keeper(), backend.worker()];
         (processes.map(descriptors_of), processes.map(private_bytes_of))
     };
@@ -248,7 +249,7 @@ fn a_missing_kind_is_explained() {
 }
 
 /// Writes, each to a place of its own and with bytes of its own, until the queue stops answering: which were completed.
-fn write_until_dead(queue: &mut Queue, sectors: usize, stop: &AtomicBool) -> Vec<usize> {
+fn write_until_dead(queue: &mut Queue, sectors: usize, begun: &AtomicBool, stop: &AtomicBool) -> Vec<usize> {
     let mut running = std::collections::HashMap::new();
     let mut completed = Vec::new();
     let mut places = (0..sectors).step_by(3);
@@ -264,6 +265,7 @@ fn write_until_dead(queue: &mut Queue, sectors: usize, stop: &AtomicBool) -> Vec
             Some((head, done)) => {
                 assert_eq!(done.status, OK);
                 completed.extend(running.remove(&head));
+                begun.store(true, Ordering::Release);
             }
             None if stop.load(Ordering::Acquire) || running.is_empty() => return completed,
             None => {}
@@ -277,10 +279,11 @@ fn kill_under_load(disk: &Disk, backend: &mut Backend, delay: Duration, kill: im
     let profile = Profile { depth: 16, request_bytes: SECTOR, ..Profile::qemu() };
     let mut client = Client::start(backend, &profile);
     let mut queue = client.queues.remove(0);
-    let stop = AtomicBool::new(false);
+    let (begun, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     let sectors = disk.contents.len() / SECTOR;
     let completed = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| write_until_dead(&mut queue, sectors, &stop));
+        let writer = scope.spawn(|| write_until_dead(&mut queue, sectors, &begun, &stop));
+        wait_until("the first writes complete", || begun.load(Ordering::Acquire));
         std::thread::sleep(delay);
         kill(backend);
         stop.store(true, Ordering::Release);
@@ -313,7 +316,7 @@ fn a_killed_worker_costs_the_session_and_no_write() {
         let disk = Disk::new(4 * DISK_BYTES);
         let mut backend = disk.serve();
         let mark = backend.log().mark();
-        let delay = Duration::from_micros(3000 + 2500 * round);
+        let delay = Duration::from_micros(2000 * round);
         let model = kill_under_load(&disk, &mut backend, delay, |backend| send(backend.worker(), Signal::KILL));
         backend.log().expect_after(mark, &["the worker has died", "signal"]);
         let mut client = Client::start(&backend, &Profile::qemu());
@@ -352,7 +355,7 @@ fn a_killed_keeper_takes_its_worker_and_no_write_with_it() {
         let disk = Disk::new(4 * DISK_BYTES);
         let mut backend = disk.serve();
         let worker = backend.worker();
-        let delay = Duration::from_micros(3000 + 2500 * round);
+        let delay = Duration::from_micros(2000 * round);
         let model = kill_under_load(&disk, &mut backend, delay, Backend::kill);
         // At once: the next backend of this delta.
         let mut next = disk.serve_at(&disk.path("next"), &["--delta", text(&disk.delta())]);
