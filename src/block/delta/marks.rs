@@ -36,6 +36,10 @@ const ZERO_BIT: u64 = 1 << 63;
 /// Marks in one entry, so that reading one back takes bounded memory.
 const MARKS_PER_ENTRY_MAX: usize = 4096;
 
+/// Marks that are appended at once: no more than an empty half has room for, or turning the log would never make room.
+pub const APPEND_MARKS_MAX: usize = 16 * MARKS_PER_ENTRY_MAX;
+const _: () = assert!(16 * (ENTRY_HEAD_BYTES + MARKS_PER_ENTRY_MAX * MARK_BYTES) as u64 <= LOG_HALF_BYTES);
+
 /// Clusters in one mark, so that replaying any log ends in seconds, whoever wrote it.
 pub const CLUSTERS_MAX: u64 = super::layout::CLUSTERS_PER_STRETCH;
 

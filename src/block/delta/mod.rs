@@ -226,8 +226,11 @@ impl<S: Storage> Delta<S> {
             // Only what is still fresh: another batch may have logged a cluster meanwhile, or a discard have overtaken it.
             // States leave `Fresh` only under this lock, so the log has them in the order in which they change.
             marks.log.clear();
-            for &(first, count) in &marks.runs {
+            'runs: for &(first, count) in &marks.runs {
                 for cluster in (first..first + count).filter(|cluster| self.map.state(*cluster) == State::Fresh) {
+                    if marks.log.len() == marks::APPEND_MARKS_MAX {
+                        break 'runs;
+                    }
                     match marks.log.last_mut() {
                         Some(last) if last.first + last.count == cluster && last.count < marks::CLUSTERS_MAX => {
                             last.count += 1;
@@ -244,7 +247,10 @@ impl<S: Storage> Delta<S> {
                     for mark in &marks.log {
                         (mark.first..mark.first + mark.count).for_each(|cluster| self.map.set(cluster, State::Delta));
                     }
-                    return Ok(());
+                    if marks.log.len() < marks::APPEND_MARKS_MAX {
+                        return Ok(());
+                    }
+                    // What is left is still fresh.
                 }
                 Err(AppendError::Full) => {
                     drop(log);
@@ -418,4 +424,39 @@ pub fn format(storage: &impl Storage, header: &Header) -> std::io::Result<()> {
     storage.write_at(&[Readable::from_slice(&Session::NONE.encode())], SESSION_AT)?;
     storage.write_at(&[Readable::from_slice(&header.encode())], HEADER_AT)?;
     storage.sync()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::storage::FileStorage;
+    use crate::units::ClusterSize;
+
+    /// A guest can make a batch's marks more than the log has room for: requests of 256 MiB to every other cluster.
+    #[test]
+    fn a_batch_of_more_marks_than_the_log_holds_is_committed() {
+        let count = layout::LOG_HALF_BYTES / 16 + 10;
+        let layout = Layout::new(ClusterSize::DEFAULT, count * 2 * 4096).unwrap();
+        let header = Header { layout, uuid: [0; 16], base: None };
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(layout.file_bytes()).unwrap();
+        format(&FileStorage::new(file.try_clone().unwrap()).unwrap(), &header).unwrap();
+        let open = || {
+            let storage = FileStorage::new(file.try_clone().unwrap()).unwrap();
+            Delta::start(storage, "test".into(), header.clone(), Lifetime::Persistent).unwrap()
+        };
+        let delta = open();
+        let mut marks = Marks::default();
+        for index in 0..count {
+            delta.load(index * 2).unwrap();
+            delta.mark(index * 2, &mut marks);
+        }
+        delta.commit(&mut marks).unwrap();
+        drop(delta);
+        let delta = open();
+        for index in 0..count {
+            delta.load(index * 2).unwrap();
+            assert_eq!(delta.state(index * 2), State::Delta, "survives the death of the process");
+        }
+    }
 }
