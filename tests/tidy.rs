@@ -8,8 +8,8 @@ const TOP: [&str; 7] = ["Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "src
 /// What a build or an editor leaves there, and no one commits.
 const TOP_LEFT_BEHIND: [&str; 1] = ["target"];
 
-/// Where `unsafe` may be.
-const UNSAFE: [&str; 2] = ["src/sys/", "tools/load/src/sys.rs"];
+/// Where `unsafe` may be. The last is a client that takes raw addresses as buffers.
+const UNSAFE: [&str; 3] = ["src/sys/", "tools/load/src/sys.rs", "tests/session/driver.rs"];
 
 /// Names of layers that the files under a path do not mention in their code.
 const ABSENT: [(&str, &[&str]); 7] = [
@@ -119,7 +119,7 @@ fn unsafe_is_in_one_place() {
             found.extend(lines.map(|(number, _)| format!("{}:{number}", source.path)));
         }
     }
-    is_empty(found, "this word outside of src/sys");
+    is_empty(found, "this word outside of its places");
 }
 
 #[test]
