@@ -12,7 +12,9 @@ mod raw;
 mod ring;
 
 mod drain;
+mod driver;
 mod hostile;
 mod lifecycle;
+mod reference;
 mod requests;
 mod setup;
