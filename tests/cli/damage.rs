@@ -53,7 +53,7 @@ fn a_corrupt_map_sector_is_named_with_what_it_affects() {
     let before = disk.bytes_at("vm.delta", sector, 512);
     let repaired = disk.pando("check", &["--repair"]);
     assert_eq!(repaired.code, 2, "no guess is made");
-    assert!(!repaired.out.contains("repaired:"), "{repaired:?}");
+    assert!(!repaired.out.contains("vm.delta: repaired:"), "{repaired:?}");
     assert_eq!(disk.bytes_at("vm.delta", sector, 512), before);
     assert_eq!(disk.bytes_at("vm.delta", layout.data(CLUSTERS_PER_MAP_SECTOR + 5), 512), [1; 512], "its data stays");
 }
@@ -67,6 +67,20 @@ fn a_misplaced_map_sector_is_a_fault() {
     let check = disk.pando("check", &[]);
     assert_eq!(check.code, 2);
     holds(&check.out, &[&format!("offset {}", block + 5 * 512), "the sector of place 5 expected, that of 1 found"]);
+}
+
+#[test]
+fn what_a_corrupt_sector_affects_ends_with_the_volume() {
+    // The last group has 7744 clusters: three sectors' worth, and a part of the fourth.
+    let disk = disk();
+    disk.scribble(&[9; 16], disk.header.layout.map_block(2) + 3 * 512);
+    let unknown = 40_000 - 2 * 16128 - 3 * CLUSTERS_PER_MAP_SECTOR;
+    let finding = &disk.pando("check", &["--json"]).json()["findings"][0];
+    assert_eq!(finding["lost"]["start"], (40_000 - unknown) * CLUSTER);
+    assert_eq!(finding["lost"]["length"], unknown * CLUSTER);
+    let clusters = &disk.pando("info", &["--json"]).json()["clusters"];
+    assert_eq!((&clusters["unknown"], &clusters["delta"]), (&unknown.into(), &11.into()));
+    assert_eq!(clusters["base"], 40_000 - unknown - 11);
 }
 
 #[test]

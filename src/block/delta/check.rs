@@ -27,7 +27,8 @@ pub struct Report {
     pub faults: u64,
     /// How many notes there are.
     pub notes: u64,
-    /// Who has the file open. Space held for nothing cannot be told then, and is not looked for.
+    /// Who has the file open. Space held for nothing cannot be told then, and is not looked for;
+    /// neither is it when the session is corrupt.
     pub in_use: Option<Holder>,
 }
 
@@ -191,8 +192,9 @@ impl fmt::Display for Finding {
             }
             Finding::Leak { bytes, ranges, .. } => write!(
                 f,
-                "{} ({bytes} bytes in {ranges} ranges) are held for clusters that are not in the delta",
-                ByteCount(*bytes)
+                "{} ({bytes} bytes in {ranges} {}) are held for clusters that are not in the delta",
+                ByteCount(*bytes),
+                if *ranges == 1 { "range" } else { "ranges" }
             ),
         }
     }
@@ -236,6 +238,8 @@ pub fn check_survey(survey: &Survey) -> Result<Report, OpenError> {
         Condition::HostWentDown => report.add(Finding::HostWentDown),
         Condition::Unknown(fault) => report.add(Finding::Session { fault: fault.clone() }),
     }
+    // Not while it is in use, nor as long as the log may speak of it.
+    let space_can_be_told = !matches!(survey.condition(), Condition::InUse(_) | Condition::Unknown(_));
     let (found, expected) = (survey.file_and_disk_bytes()?.0, layout.file_bytes());
     if found < expected {
         report.add(Finding::TooShort { found, expected, lost: bytes_without_map(&layout, found) });
@@ -259,7 +263,7 @@ pub fn check_survey(survey: &Survey) -> Result<Report, OpenError> {
             *clusters += count;
             lost.end = bytes.end;
         }
-        if report.in_use.is_none() {
+        if space_can_be_told {
             leaks.of(&group, |range| {
                 let (_, bytes, ranges) = leak.get_or_insert((range.start, 0, 0));
                 *bytes += range.end - range.start;
