@@ -11,7 +11,7 @@
 //! - **Process death.** A mark is in the mark log ([`marks`]) before the write that made it completes.
 //! - **Failed sync.** The kernel reports a lost write once and forgets; so the first failed sync latches, and no later write or flush
 //!   reports success.
-//! - **One writer.** The file is locked while it is open ([`open::open`]).
+//! - **One writer.** The file is locked while it is open ([`open::open_locked`]).
 
 pub mod check;
 pub mod extents;
