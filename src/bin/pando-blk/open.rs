@@ -144,6 +144,7 @@ fn open_delta(path: &Path, create: bool, new: &NewDelta) -> anyhow::Result<Attac
     let (file, header) = open::open_locked(path)?;
     let label = path.display().to_string();
     open::check_matches(&header, &label, new.base, new.virtual_bytes)?;
+    open::check_length(&file, &header, &label)?;
     Ok(AttachedDelta { file, label, ephemeral: false })
 }
 

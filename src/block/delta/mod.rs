@@ -364,6 +364,10 @@ impl<S: Storage> Delta<S> {
         }
         self.flush()?;
         self.write_session(Phase::Closed)?;
+        // Void from here on, and as large as the longest time between two flushes has made it.
+        if let Err(error) = self.storage.punch_hole(layout::LOG_START, 2 * layout::LOG_HALF_BYTES) {
+            log::debug!("{}: the space of its mark log is not given back: {error}", self.label);
+        }
         self.latching("sync", 0, self.storage.sync())
     }
 

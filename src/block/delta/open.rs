@@ -18,7 +18,7 @@ use super::layout::{DISK_SECTOR_BYTES, Layout};
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The file system refused.
-    #[error("cannot {action} {file} (offset {offset})")]
+    #[error("cannot {action} {file}{}", place(*.offset))]
     Io {
         action: &'static str,
         file: String,
@@ -68,9 +68,19 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// Something was cut off.
+    #[error(
+        "{file} is {found} bytes long, expected {expected}: something was cut off; 'pando delta check' tells what is affected"
+    )]
+    TooShort { file: String, expected: u64, found: u64 },
     /// Somebody else has it open.
     #[error("{file} is in use by {holder}: a delta has one writer")]
     Locked { file: String, holder: Holder },
+}
+
+/// Where in a file something went wrong; nothing for the file as a whole.
+fn place(offset: u64) -> String {
+    if offset == 0 { String::new() } else { format!(" at offset {offset}") }
 }
 
 /// Who holds a delta's lock.
@@ -267,6 +277,16 @@ pub fn read_session(storage: &impl Storage, label: &str) -> Result<Session, Open
         source,
     })?;
     Session::decode(&sector).map_err(|fault| OpenError::Header { file: label.to_owned(), fault })
+}
+
+/// Sees that no part of a delta with this header was cut off.
+pub fn check_length(file: &File, header: &Header, label: &str) -> Result<(), OpenError> {
+    let io = |source| OpenError::Io { action: "examine", file: label.to_owned(), offset: 0, source };
+    let (found, expected) = (file.metadata().map_err(io)?.len(), header.layout.file_bytes());
+    if found < expected {
+        return Err(OpenError::TooShort { file: label.to_owned(), expected, found });
+    }
+    Ok(())
 }
 
 /// Sees that a delta with this header is for this base (`None`: a blank volume) and, when a size is asked for, of this size.
