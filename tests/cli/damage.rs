@@ -1,7 +1,7 @@
 //! `check` and `--repair` on files that are not as they should be.
 
 use super::disk::{CLUSTER, CLUSTERS_PER_MAP_SECTOR, Disk};
-use super::holds;
+use super::{holds, pando};
 
 /// A closed delta of 3 groups' worth, with clusters 0 to 9 and one of the second sector of the map in the delta.
 fn disk() -> Disk {
@@ -192,6 +192,18 @@ fn a_file_cut_short_is_lengthened_unless_that_would_hide_a_loss() {
         assert_eq!(json["findings"][1]["lost"]["start"], 7 * CLUSTER);
         assert_eq!(std::fs::metadata(disk.delta()).unwrap().len(), cut);
     }
+}
+
+#[test]
+fn a_file_cut_short_is_not_served() {
+    let disk = disk();
+    let length = disk.header.layout.file_bytes();
+    disk.set_len(length - 1);
+    let (base, delta, socket) = (disk.path("base.raw"), disk.delta(), disk.path("socket"));
+    let [base, delta, socket] = [&base, &delta, &socket].map(|path| path.to_str().unwrap());
+    let arguments = ["serve", "--log=error", "--base", base, "--delta", delta, "--socket-path", socket];
+    let expected = [(length - 1).to_string(), length.to_string()];
+    holds(pando(arguments).refused(), &["something was cut off", &expected[0], &expected[1]]);
 }
 
 #[test]
