@@ -1,4 +1,7 @@
 //! Two threads and one ring: no wake-up is lost, in either direction, however the two meet.
+//!
+//! Finds a step that is missing or in the wrong order. A missing barrier shows only when both sides act within the same few
+//! nanoseconds, which needs two idle processors and luck.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
