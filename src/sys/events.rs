@@ -47,6 +47,12 @@ impl Epoll {
 }
 
 /// Adds one to an event descriptor, which wakes whoever waits for it.
+///
+/// Waits while the descriptor takes no more, and gives up when [`super::process::interrupt`]ed.
 pub fn signal(event: &File) -> io::Result<()> {
-    (&*event).write_all(&1u64.to_ne_bytes())
+    // Not `write_all`, which goes on after an interrupt.
+    match (&*event).write(&1u64.to_ne_bytes())? {
+        8 => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
+    }
 }

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::os::unix::thread::JoinHandleExt;
 use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
 
 /// Starts this very program again, under the name `name`, with `argument` alone and `standard_input` as its descriptor 0.
 pub fn execute_self(name: &str, argument: &str, standard_input: OwnedFd) -> io::Result<Child> {
@@ -74,6 +76,28 @@ impl AsFd for StopSignals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
     }
+}
+
+/// Lets threads of this process be [`interrupt`]ed.
+pub fn allow_interrupts() -> io::Result<()> {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    // SAFETY: all-zero bytes are a valid action with no flags, so that interrupted system calls are not restarted; the
+    // handler does nothing.
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+        libc::sigaction(INTERRUPT, &raw const action, std::ptr::null_mut())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The signal by which threads are interrupted.
+const INTERRUPT: libc::c_int = libc::SIGUSR1;
+
+/// Ends the system call that a thread waits in, if it waits in one. [`allow_interrupts`] comes first.
+pub fn interrupt<T>(thread: &JoinHandle<T>) {
+    // SAFETY: the number of a thread that has not been joined is valid. Fails only for a thread that has ended.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
 }
 
 /// An identity of this boot of the host's kernel: what the page cache held is lost once it changes.

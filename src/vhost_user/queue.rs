@@ -4,10 +4,12 @@
 //! one store, and notifies the driver at most once. It owns its ring: whatever changes about a ring stops the thread and
 //! starts another, so there is nothing to lock.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,7 @@ use crate::block::{Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
 use crate::sys::guest::GuestMemory;
+use crate::sys::process;
 
 use super::device::{self, Device};
 use super::request::{self, RequestError, Status};
@@ -50,36 +53,70 @@ pub struct Queue {
 /// A queue's thread.
 pub struct RunningQueue {
     thread: JoinHandle<u16>,
+    /// Disconnected when the thread ends.
+    end: Receiver<Infallible>,
     stop: Arc<Stop>,
 }
 
 struct Stop {
     asked: AtomicBool,
     wake: EventFd,
+    /// The thread writes to a descriptor of the front end's, who may see to it that this takes for ever.
+    notifies: AtomicBool,
 }
+
+/// How long a thread that is to stop may take to notify the driver.
+const NOTIFY_PATIENCE: Duration = Duration::from_millis(50);
 
 impl RunningQueue {
     /// Starts the thread.
     pub fn start(queue: Queue) -> io::Result<RunningQueue> {
-        let stop = Arc::new(Stop { asked: AtomicBool::new(false), wake: EventFd::new(libc::EFD_CLOEXEC)? });
+        let stop = Arc::new(Stop {
+            asked: AtomicBool::new(false),
+            wake: EventFd::new(libc::EFD_CLOEXEC)?,
+            notifies: AtomicBool::new(false),
+        });
         let epoll = Epoll::new()?;
         epoll.add_edge(&queue.kick)?;
         epoll.add_level(&stop.wake)?;
         let seen = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name(format!("queue {}", queue.index))
-            .stack_size(256 << 10)
-            .spawn(move || queue.serve(&epoll, &seen))?;
-        Ok(RunningQueue { thread, stop })
+        let (ends, end) = mpsc::channel();
+        let thread = std::thread::Builder::new().name(format!("queue {}", queue.index)).stack_size(256 << 10).spawn(
+            move || {
+                let _ends: Sender<Infallible> = ends;
+                queue.serve(&epoll, &seen)
+            },
+        )?;
+        Ok(RunningQueue { thread, end, stop })
     }
 
     /// Stops the thread once all requests that it has taken are complete, and says which entry of the available ring comes next.
     pub fn stop(self) -> io::Result<u16> {
         self.stop.asked.store(true, Ordering::Release);
         self.stop.wake.write(1)?;
+        while self.end.recv_timeout(NOTIFY_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            // Only there: an I/O is never interrupted.
+            if self.stop.notifies.load(Ordering::Acquire) {
+                process::interrupt(&self.thread);
+            }
+        }
         self.thread.join().map_err(|_| io::Error::other("the queue's thread panicked"))
     }
 }
+
+impl Stop {
+    fn while_notifying<T>(&self, notify: impl FnOnce() -> T) -> T {
+        self.notifies.store(true, Ordering::Release);
+        let result = notify();
+        self.notifies.store(false, Ordering::Release);
+        result
+    }
+}
+
+/// The driver could not be notified.
+#[derive(Debug, thiserror::Error)]
+#[error("the driver cannot be notified of completions")]
+struct NotifyError(#[source] io::Error);
 
 /// A completion that waits for the batch's commit.
 struct Completion<'m> {
@@ -96,7 +133,7 @@ impl Queue {
         if let Err(error) = self.serve_until_stopped(epoll, stop, &mut complaints) {
             log::error!("ring {}: {error}; it is served no further", self.index);
             if let Some(report) = &self.error
-                && let Err(error) = events::signal(report)
+                && let Err(error) = stop.while_notifying(|| events::signal(report))
             {
                 log::warn!("ring {}: cannot tell the front end so: {error}", self.index);
             }
@@ -121,14 +158,14 @@ impl Queue {
         let mut chain = Chain::default();
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
         // What was completed before this call descriptor came was told to another one, or to none.
-        self.notify(complaints);
+        self.notify(stop, complaints);
         self.ring.suspend_kicks();
         while !stop.asked.load(Ordering::Acquire) {
             let waiting = self.ring.waiting()?;
             if waiting > 0 {
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
                 // What was taken is completed also when the ring broke behind it.
-                self.finish_batch(&mut completions, &mut batch, complaints);
+                self.finish_batch(&mut completions, &mut batch, stop, complaints);
                 result?;
             } else if !self.ring.resume_kicks() {
                 epoll.wait().map_err(QueueError::Wait)?;
@@ -174,7 +211,13 @@ impl Queue {
     }
 
     /// Makes the batch's writes safe, and then shows its completions to the driver.
-    fn finish_batch(&mut self, completions: &mut Vec<Completion<'_>>, batch: &mut Batch, complaints: &mut Complaints) {
+    fn finish_batch(
+        &mut self,
+        completions: &mut Vec<Completion<'_>>,
+        batch: &mut Batch,
+        stop: &Stop,
+        complaints: &mut Complaints,
+    ) {
         let mut safe = self.volume.commit(batch);
         if safe.is_ok()
             && completions.iter().any(|completion| completion.wrote)
@@ -191,15 +234,15 @@ impl Queue {
             self.ring.complete(completion.head, completion.data_bytes + status_bytes);
         }
         if self.ring.publish() {
-            self.notify(complaints);
+            self.notify(stop, complaints);
         }
     }
 
-    fn notify(&self, complaints: &mut Complaints) {
+    fn notify(&self, stop: &Stop, complaints: &mut Complaints) {
         if let Some(call) = &self.call
-            && let Err(error) = events::signal(call)
+            && let Err(error) = stop.while_notifying(|| events::signal(call))
         {
-            complaints.hosts(&error);
+            complaints.hosts(&NotifyError(error));
         }
     }
 }

@@ -72,6 +72,7 @@ enum WorkerError {
 /// To be called first thing in the process. Its standard input is the conversation with the keeper.
 pub fn run() -> io::Result<()> {
     process::close_inherited()?;
+    process::allow_interrupts()?;
     process::set_name(c"pando-worker");
     let conversation = Conversation::of_worker(process::take_standard_input()?);
     let mut worker: Option<Worker> = None;
