@@ -723,3 +723,30 @@ fn all_protocol_features_but_none_of_the_rest() {
         });
     }
 }
+
+/// Descriptors for the device to write to that it can only wait on: a full pipe, and an event descriptor at its limit.
+#[test]
+fn a_call_that_cannot_be_written_keeps_nobody_waiting() {
+    let mut target = Target::new();
+    let (_reader, full) = rustix::pipe::pipe().expect("a pipe");
+    let mut full = File::from(full);
+    while full.metadata().is_ok() && rustix::io::ioctl_fionread(&full).is_ok_and(|waiting| waiting < 65536) {
+        full.write_all(&[0; 4096]).expect("a pipe takes 64 KiB");
+    }
+    let limit = vmm_sys_util::eventfd::EventFd::new(0).expect("an event descriptor");
+    limit.write(u64::MAX - 1).expect("an event descriptor");
+    for (name, call) in [("a full pipe", full.as_raw_fd()), ("an event descriptor at its limit", limit.as_raw_fd())] {
+        eprintln!("{name}");
+        let stream = target.backend.connect();
+        let mark = target.backend.log().mark();
+        let raw = RawFrontEnd { stream: stream.try_clone().expect("a descriptor") };
+        let mut client = Client::start_on(stream, &Profile::qemu(), Guest::new());
+        raw.send(raw::SET_VRING_CALL, &0u64.to_ne_bytes(), &[call]);
+        client.queues[0].submit(IN, 0, &[], SECTOR);
+        client.queues[0].ring.kick_anyway();
+        drop((client, raw));
+        target.check(name);
+        target.backend.log().expect_after(mark, &["cannot be notified"]);
+    }
+    target.backend.stop();
+}
