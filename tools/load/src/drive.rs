@@ -15,6 +15,9 @@ use crate::sys::{self, SharedMemory};
 
 /// A backend that completes nothing for this long is stuck.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Looks at the rings in vain before the CPU is offered to others: more than any backend takes that has
+/// one of its own, and soon enough where it has to share this one.
+const SPINS_BEFORE_YIELD: u32 = 512;
 /// How often the clock is looked at while spinning.
 const SPINS_PER_LOOK: u32 = 4096;
 
@@ -106,7 +109,7 @@ impl<C: Client> Drive<'_, C> {
         }
         let mut now = start;
         let mut progress_at = start;
-        let mut spins = 0;
+        let mut spins = 0_u32;
         while self.in_flight > 0 {
             let mut completed = 0;
             for queue in 0..self.queues.len() {
@@ -121,11 +124,13 @@ impl<C: Client> Drive<'_, C> {
                 Wait::Call => self.sleep()?,
                 Wait::Poll => {
                     std::hint::spin_loop();
-                    spins += 1;
-                    if spins < SPINS_PER_LOOK {
+                    spins = spins.wrapping_add(1);
+                    if spins >= SPINS_BEFORE_YIELD {
+                        std::thread::yield_now();
+                    }
+                    if !spins.is_multiple_of(SPINS_PER_LOOK) {
                         continue;
                     }
-                    spins = 0;
                 }
             }
             if progress_at.elapsed() > PATIENCE {
