@@ -7,6 +7,7 @@ mod history;
 mod machine;
 mod model;
 mod open;
+mod overlap;
 mod power_loss;
 mod process_death;
 mod stamps;

@@ -43,8 +43,8 @@ const SHAPES: [Shape; 9] = [
     shape(64 << 10, Some((4 << 20) + 512), (4 << 20) + 512),
     // The base ends where a cluster does, and behind it one begins.
     shape(4 << 10, Some(1 << 20), (1 << 20) + 512),
-    // More than one group.
-    shape(4 << 10, Some(64 << 20), 65 << 20),
+    // The base ends just behind the first group of clusters.
+    shape(4 << 10, Some((63 << 20) + 512), 65 << 20),
     // No base, and one without a byte.
     shape(64 << 10, None, (1 << 20) + 1024),
     shape(4 << 10, Some(0), 1 << 20),

@@ -279,6 +279,8 @@ fn a_log_that_cannot_be_is_ignored() {
     let clusters = closed.layout().cluster_count();
     let boot = process::boot_id().unwrap();
     let generation = 4;
+    let mut changed = entry(1, generation, &[(2, 1)]);
+    changed[16] ^= 1;
     let logs = [
         noise,
         vec![0xff; 100_000],
@@ -290,7 +292,8 @@ fn a_log_that_cannot_be_is_ignored() {
         entry(1, generation, &[(clusters - 1, 2)]),
         entry(1, generation, &[(u64::MAX >> 1, 1)]),
         entry(1, generation, &[(u64::MAX, 0)]),
-        entry(1, generation, &[(2, 1 << 20)]),
+        entry(1, generation, &[(2, 257)]),
+        changed,
         entry(1, generation - 1, &[(2, 1)]),
         entry(1, generation + 1, &[(2, 1)]),
         entry(1, u64::MAX - 1, &[(2, 1)]),

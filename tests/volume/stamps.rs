@@ -110,6 +110,13 @@ impl Expected {
         }
     }
 
+    /// The same, but for a sector that may have been written since.
+    pub fn flushed_except(&mut self, except: u64) {
+        let since = self.sector(except).since_flush.clone();
+        self.flushed();
+        self.sector(except).since_flush = since;
+    }
+
     /// Compares the volume while it runs.
     pub fn check_running(&self, read: impl Fn(u64) -> Stamp) {
         for (number, sector) in &self.sectors {
