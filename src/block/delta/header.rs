@@ -153,7 +153,7 @@ impl Header {
             .ok_or_else(|| field("cluster size", cluster_bytes, "a power of two from 4096 to 65536"))?;
         let layout = Layout::new(cluster, virtual_bytes)
             .filter(|_| is_whole_sectors(virtual_bytes))
-            .ok_or_else(|| field("virtual size", virtual_bytes, "a multiple of 512, at most 64 PiB"))?;
+            .ok_or_else(|| field("virtual size", virtual_bytes, "a multiple of 512, at most 64 TiB"))?;
         let base = match has_base {
             0 => None,
             1 if base_bytes > virtual_bytes => return Err(field("base size", base_bytes, "at most the virtual size")),

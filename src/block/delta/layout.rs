@@ -70,8 +70,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The largest volume, in bytes: far above what a file may hold, far below where offsets would overflow.
-    pub const VIRTUAL_BYTES_MAX: u64 = 1 << 56;
+    /// The largest volume, 64 TiB: all of its delta is mapped, and a process has addresses for 128 TiB.
+    pub const VIRTUAL_BYTES_MAX: u64 = 64 << 40;
 
     /// The shape of a delta of `virtual_bytes`, at most [`Layout::VIRTUAL_BYTES_MAX`].
     pub fn new(cluster: ClusterSize, virtual_bytes: u64) -> Option<Layout> {

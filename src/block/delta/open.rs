@@ -143,7 +143,7 @@ impl NewDelta {
             return Err(OpenError::SmallerThanBase { bytes, base_bytes });
         }
         let layout = Layout::new(self.cluster, bytes)
-            .ok_or(OpenError::Size { bytes, expected: "the size has to be at most 64 PiB" })?;
+            .ok_or(OpenError::Size { bytes, expected: "the size has to be at most 64 TiB" })?;
         Ok(Header { layout, uuid: process::random_uuid(), base: self.base })
     }
 }
