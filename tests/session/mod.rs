@@ -10,11 +10,13 @@ mod harness;
 mod queue;
 mod raw;
 mod ring;
+mod target;
 
 mod drain;
 mod driver;
 mod hostile;
 mod lifecycle;
+mod messages;
 mod reference;
 mod requests;
 mod setup;
