@@ -322,6 +322,15 @@ pub fn terminate(pid: u32) -> io::Result<()> {
     if unsafe { libc::kill(pid, libc::SIGTERM) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Drops a file's clean pages from the page cache.
+pub fn drop_cache(file: &File) -> io::Result<()> {
+    // SAFETY: no memory is passed; the descriptor is open.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
 /// Reads a whole file once, so that it is in the page cache.
 pub fn fill_cache(file: &File) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 20];

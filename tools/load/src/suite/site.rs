@@ -38,6 +38,9 @@ impl Site {
         };
         let base = make_base(&directory.join("base"), BASE_BYTES)?;
         File::create(directory.join("large-base"))?.set_len(LARGE_BASE_BYTES)?;
+        // In the page cache as on a host that has read it, in whatever pieces its readahead makes, and not
+        // in those in which it was just written.
+        sys::drop_cache(&base)?;
         sys::fill_cache(&base)?;
         let base_mapped = MappedFile::new(&base)?;
         Ok(Self { directory, programs, base, base_mapped })
