@@ -80,9 +80,9 @@ fn random_header(choices: &mut Choices<'_>) -> Header {
         1 => 1 + choices.below(1 << 20),
         // Just about the end of a group.
         2 => (CLUSTERS_PER_GROUP * cluster.bytes() / SECTOR).saturating_add(choices.below(64)) - 32,
-        // Larger than what can be mapped, now and then.
+        // Up to the largest volume there is.
         _ => {
-            let end = 1 << choices.one_of(&[30, 36, 44]);
+            let end = choices.one_of(&[1 << 30, 1 << 36, Layout::VIRTUAL_BYTES_MAX / SECTOR + 1]);
             choices.below(end)
         }
     };
