@@ -25,8 +25,12 @@ use super::device::{self, Device};
 use super::request::{self, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
 
-/// Requests of one batch: enough to share the costs of a batch, few enough that the first does not wait long for the last.
-const BATCH_REQUESTS: u16 = 64;
+/// Requests of one batch: enough to share the costs of a batch; few enough that the driver handles the last batch's
+/// completions while this one is served, so that neither side sleeps.
+const BATCH_REQUESTS: u16 = 16;
+
+/// A batch that has moved this many bytes is published, for the same reason.
+const BATCH_BYTES: u64 = 64 << 10;
 
 /// What serving a ring takes.
 pub struct Queue {
@@ -185,7 +189,11 @@ impl Queue {
         batch: &mut Batch,
         complaints: &mut Complaints,
     ) -> Result<(), RingError> {
+        let mut bytes = 0;
         for _ in 0..waiting.min(BATCH_REQUESTS) {
+            if bytes >= BATCH_BYTES {
+                break;
+            }
             let head = self.ring.take()?;
             if let Err(error) = self.ring.chain(head, memory, chain) {
                 complaints.guests(&error);
@@ -204,6 +212,7 @@ impl Queue {
                 }
             };
             let data_bytes = if status == Status::Ok { outcome.data_bytes } else { 0 };
+            bytes += chain.bytes();
             let status_place = outcome.status_place;
             completions.push(Completion { head, data_bytes, status, status_place, wrote: outcome.wrote });
         }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::sys::buffers::{Readable, Writable};
+use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
 use crate::sys::guest::{GuestMemory, SharedArea, full_barrier};
 
 /// The largest ring that virtio allows.
@@ -307,6 +307,11 @@ impl Descriptor {
 }
 
 impl<'m> Chain<'m> {
+    /// Bytes of all its buffers.
+    pub fn bytes(&self) -> u64 {
+        total_len_readable(&self.readable) + total_len_writable(&self.writable)
+    }
+
     #[inline]
     fn add(&mut self, descriptor: Descriptor, memory: &'m GuestMemory) -> Result<(), ChainError> {
         let Descriptor { address, len, flags, .. } = descriptor;
