@@ -17,6 +17,11 @@ pub trait Storage: Send + Sync {
     /// Fills `into` with the bytes at `offset`. Holes, and what lies past the end, read as zeros.
     fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()>;
 
+    /// As `read_at`, for a few bytes with nothing around them that will be read next.
+    fn read_alone_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
+        self.read_at(into, offset)
+    }
+
     /// Writes the buffers, one after another, at `offset`.
     fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()>;
 
@@ -60,6 +65,11 @@ impl Storage for FileStorage {
             file::read_at(&self.file, into.part(done, usize::MAX), offset + done as u64)?;
         }
         Ok(())
+    }
+
+    /// By system call: the fault of a mapping reads ahead, megabytes around a few bytes and into holes too.
+    fn read_alone_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
+        file::read_at(&self.file, into, offset)
     }
 
     fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()> {

@@ -138,7 +138,7 @@ impl Map {
         let mut block = [0; MAP_BLOCK_BYTES as usize];
         let offset = self.layout.map_block(group);
         storage
-            .read_at(Writable::from_mut_slice(&mut block), offset)
+            .read_alone_at(Writable::from_mut_slice(&mut block), offset)
             .map_err(|source| LoadError::Io { offset, source })?;
         // All sectors are checked before any is believed, so that a group is loaded as a whole or not at all.
         let sectors = block.as_chunks::<{ DISK_SECTOR_BYTES as usize }>().0;

@@ -217,7 +217,7 @@ fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64
     if bytes_max < head.len() as u64 {
         return Ok(None);
     }
-    storage.read_at(Writable::from_mut_slice(&mut head), offset)?;
+    storage.read_alone_at(Writable::from_mut_slice(&mut head), offset)?;
     let [checksum, count] =
         [&head[..4], &head[4..8]].map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
     let len = ENTRY_HEAD_BYTES + (count as usize).saturating_mul(MARK_BYTES);
@@ -225,7 +225,7 @@ fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64
         return Ok(None);
     }
     let mut bytes = vec![0; len];
-    storage.read_at(Writable::from_mut_slice(&mut bytes), offset)?;
+    storage.read_alone_at(Writable::from_mut_slice(&mut bytes), offset)?;
     if crc32c::crc32c(&bytes[4..]) != checksum {
         return Ok(None);
     }

@@ -270,7 +270,7 @@ pub fn read_header(file: &File, label: &str) -> Result<Header, OpenError> {
 /// Reads and checks what the last session of a delta left.
 pub fn read_session(storage: &impl Storage, label: &str) -> Result<Session, OpenError> {
     let mut sector: Sector = [0; DISK_SECTOR_BYTES as usize];
-    storage.read_at(Writable::from_mut_slice(&mut sector), SESSION_AT).map_err(|source| OpenError::Io {
+    storage.read_alone_at(Writable::from_mut_slice(&mut sector), SESSION_AT).map_err(|source| OpenError::Io {
         action: "read",
         file: label.to_owned(),
         offset: SESSION_AT,
