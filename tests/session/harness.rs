@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,8 +22,12 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// How long anything may take that should take no time: long enough for a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How long anything may take that should take no time: long enough for a busy machine, on which a write may wait for the
+/// file system's journal to commit gigabytes of somebody else's.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a backend may run. What waits for its answers has no limit of its own, and sees the connection end instead.
+const LIFE: Duration = Duration::from_secs(120);
 
 /// A sector, as virtio has it.
 pub const SECTOR: usize = 512;
@@ -139,6 +144,8 @@ pub struct Backend {
     socket: PathBuf,
     log: Log,
     reader: Option<JoinHandle<()>>,
+    /// Dropped when the process has been waited for, so that its number is never used afterwards.
+    life: Option<Sender<()>>,
 }
 
 /// What a program has said so far.
@@ -194,7 +201,17 @@ impl Backend {
                 line.clear();
             }
         });
-        Backend { child, socket: socket.to_owned(), log, reader: Some(reader) }
+        let (life, end) = mpsc::channel();
+        let keeper = child.id();
+        std::thread::spawn(move || {
+            if end.recv_timeout(LIFE) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("the backend of a test that hangs is killed");
+                let worker = children_of(keeper);
+                send(keeper, Signal::KILL);
+                worker.into_iter().for_each(|worker| send(worker, Signal::KILL));
+            }
+        });
+        Backend { child, socket: socket.to_owned(), log, reader: Some(reader), life: Some(life) }
     }
 
     /// Waits until it says that it serves.
@@ -241,7 +258,16 @@ impl Backend {
 
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("a child can be waited for").is_none()
+        self.status().is_none()
+    }
+
+    fn status(&mut self) -> Option<ExitStatus> {
+        // Once it has been waited for, another process may get its number.
+        let status = self.child.try_wait().expect("a child can be waited for");
+        if status.is_some() {
+            self.life = None;
+        }
+        status
     }
 
     /// Asks it to stop.
@@ -260,7 +286,7 @@ impl Backend {
     pub fn wait(&mut self) -> ExitStatus {
         let begun = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+            if let Some(status) = self.status() {
                 return status;
             }
             assert!(begun.elapsed() < PATIENCE, "the backend does not end");
@@ -279,6 +305,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
+        self.life = None;
         // It may have ended, and that is as good.
         let _ = self.child.kill();
         let _ = self.child.wait();
