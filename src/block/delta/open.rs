@@ -95,9 +95,9 @@ impl Holder {
         self.process
     }
 
-    /// Whether it still runs. One that the kernel does not name may.
+    /// Whether it is known to run. The kernel names none that has ended and been waited for, and none of another PID namespace.
     fn is_alive(&self) -> bool {
-        self.process.is_none_or(|process| !command_of(process).is_empty())
+        self.process.is_some_and(|process| !command_of(process).is_empty())
     }
 }
 
@@ -210,7 +210,7 @@ fn format(file: File, label: &str, header: &Header) -> Result<(), OpenError> {
     })
 }
 
-/// How long to wait for the lock of a process that is dead: what it had started and given the file to is about to end too.
+/// How long to wait for the lock of a process that is dead or may be: what it had started and given the file to is about to end too.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Opens the delta file at `path` for writing and takes its lock.
