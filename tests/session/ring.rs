@@ -112,9 +112,18 @@ impl Event {
 
     /// Waits until it happens; `false` when it did not in time.
     pub fn wait(&self, limit: Duration) -> bool {
+        let begun = Instant::now();
         let mut events = [EpollEvent::default()];
-        // Rounded up: a limit below a millisecond is not a busy loop.
-        let _ = self.epoll.wait(limit.as_millis() as i32 + 1, &mut events);
+        while let Some(left) = limit.checked_sub(begun.elapsed()) {
+            // Rounded up: what is left below a millisecond is not a busy loop.
+            match self.epoll.wait(left.as_millis() as i32 + 1, &mut events) {
+                Ok(_) if self.take() => return true,
+                Ok(_) => {}
+                // A debugger, or the machine's being put to sleep.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("an event descriptor cannot be waited for: {error}"),
+            }
+        }
         self.take()
     }
 }
