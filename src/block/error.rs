@@ -21,7 +21,7 @@ pub enum Error {
     )]
     Corrupt { file: String, offset: u64, fault: super::delta::MapFault },
     /// An earlier sync failed, so nobody knows what the disk holds: no further write or flush may report success.
-    #[error("{file}: refused, because an earlier sync failed; restart to go on from what the disk holds")]
+    #[error("{file}: refused, because an earlier sync failed: see to the disk, and then start the backend again")]
     Latched { file: String },
     /// The volume has no delta to write to.
     #[error("the volume is read-only")]

@@ -1,4 +1,5 @@
-//! [`Storage`]: the five verbs that a delta needs of the file below it, and [`FileStorage`], which has them of a file.
+//! [`Storage`]: the five verbs that a delta needs of the file below it (reading has two ways), and [`FileStorage`], which
+//! has them of a file.
 //!
 //! Everything that a delta reads and writes passes here, so a simulated disk in place of the file sees every step.
 

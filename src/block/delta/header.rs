@@ -155,6 +155,8 @@ impl Header {
             .filter(|_| is_whole_sectors(virtual_bytes))
             .ok_or_else(|| field("virtual size", virtual_bytes, "a multiple of 512, at most 64 TiB"))?;
         let base = match has_base {
+            0 if base_bytes != 0 => return Err(field("base size", base_bytes, "0, as there is no base")),
+            0 if digest != Digest([0; 32]) => return Err(field("base flag", 0, "1, as there is a base's digest")),
             0 => None,
             1 if base_bytes > virtual_bytes => return Err(field("base size", base_bytes, "at most the virtual size")),
             1 => Some(BaseIdentity { digest, bytes: base_bytes }),
@@ -300,6 +302,10 @@ mod tests {
         assert_eq!(Header::decode(&with(8, &[2])), Err(HeaderFault::Version { found: 2 }));
         assert_eq!(Header::decode(&with(16, &[4])), Err(HeaderFault::Features { bits: 4 }));
         assert_eq!(Header::decode(&with(24, &[4])), Ok(header()), "an unknown compatible feature is ignored");
+        // No base by its flag, and one by its size; no base by both, and one by its digest.
+        for (at, bytes) in [(56, [0; 8].as_slice()), (56, &[0; 16])] {
+            assert!(matches!(Header::decode(&with(at, bytes)), Err(HeaderFault::Field { .. })));
+        }
         for (at, bytes) in [(12, [1u8, 0, 0, 0, 0, 0, 0, 0]), (48, [1; 8]), (48, [0; 8]), (56, [2; 8]), (64, [255; 8])]
         {
             let len = if at == 12 { 4 } else { 8 };
