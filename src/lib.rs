@@ -9,12 +9,13 @@
 //! ```text
 //! bin/pando  ──▶ cli ─────────────┐
 //!                                 ▼
-//! bin/pando-blk ──▶ vhost_user ──▶ block ──▶ sys, units
+//! bin/pando-blk ──▶ vhost_user ──▶ block ──▶ digest, sys, units
 //! ```
 //!
 //! | module | owns | knows nothing of |
 //! |---|---|---|
 //! | [`units`] | sectors, clusters, byte counts | everything else; a leaf |
+//! | [`digest`] | the names of images: BLAKE3 of their contents | what an image is used for |
 //! | [`sys`] | mappings, file verbs, sockets, processes; all `unsafe` | what the bytes mean |
 //! | [`block`] | one volume: base, delta, their union | virtio, sockets |
 //! | [`vhost_user`] | one guest's device: session, rings, requests | what is behind a volume |
@@ -46,6 +47,7 @@
 
 pub mod block;
 pub mod cli;
+pub mod digest;
 pub mod sys;
 pub mod units;
 pub mod vhost_user;

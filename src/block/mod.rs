@@ -6,7 +6,6 @@
 
 pub mod base;
 pub mod delta;
-pub mod digest;
 mod error;
 pub mod storage;
 mod volume;

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use crate::block::digest::{self, Digest, Origin};
+use crate::digest::{self, Digest, Origin};
 
 use super::Outcome;
 use super::output::{note, print, print_json};

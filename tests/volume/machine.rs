@@ -14,9 +14,9 @@ use pando::block::delta::header::{BaseIdentity, Header, Phase, SESSION_AT, Sessi
 use pando::block::delta::layout::{CLUSTERS_PER_GROUP, Layout};
 use pando::block::delta::open::NewDelta;
 use pando::block::delta::{self, Delta, Lifetime};
-use pando::block::digest::Digest;
 use pando::block::storage::Storage;
 use pando::block::{Batch, Volume};
+use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::units::{ClusterSize, SECTOR_BYTES};
 use rand::rngs::StdRng;

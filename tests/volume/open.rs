@@ -9,9 +9,9 @@ use pando::block::delta::header::{BaseIdentity, HEADER_AT, Header, Phase, SESSIO
 use pando::block::delta::layout::{CLUSTERS_PER_GROUP, GROUPS_START, LOG_HALF_BYTES, LOG_START};
 use pando::block::delta::open::{self, NewDelta, OpenError};
 use pando::block::delta::{self, Delta, Lifetime, MapFault};
-use pando::block::digest::Digest;
 use pando::block::storage::{FileStorage, Storage};
 use pando::block::{Batch, Error, Volume};
+use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::process;
 use pando::units::ClusterSize;

@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
-use pando::block::digest::Digest;
+use pando::digest::Digest;
 use pando::units::{ByteCount, ClusterSize};
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::ring::RING_SIZE_MAX;

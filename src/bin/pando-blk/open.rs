@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, bail, ensure};
 use pando::block::delta::header::BaseIdentity;
 use pando::block::delta::open::{self, NewDelta};
-use pando::block::digest::{self, Digest, Origin};
+use pando::digest::{self, Digest, Origin};
 use pando::sys::socket::{self, SocketKind};
 use pando::units::{ByteCount, ClusterSize, is_whole_sectors};
 use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, Offer};

@@ -31,7 +31,7 @@
 //! Why the boot id: an open session of *this* boot has died, and the page cache still holds all that it wrote, so its mark log counts.
 //! One of an *earlier* boot was ended by the host; its log may have reached the disk ahead of the data that it speaks of, so it does not count.
 
-use crate::block::digest::Digest;
+use crate::digest::Digest;
 use crate::units::{ClusterSize, is_whole_sectors};
 
 use super::layout::{DISK_SECTOR_BYTES, HEADER_BLOCK_BYTES, Layout};

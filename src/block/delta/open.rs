@@ -5,8 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::block::digest::Digest;
 use crate::block::storage::{FileStorage, Storage};
+use crate::digest::Digest;
 use crate::sys::buffers::Writable;
 use crate::sys::{file, process};
 use crate::units::{ByteCount, ClusterSize, is_whole_sectors};

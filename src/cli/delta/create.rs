@@ -7,9 +7,9 @@ use clap::ArgGroup;
 
 use crate::block::delta::header::BaseIdentity;
 use crate::block::delta::open::{self, NewDelta};
-use crate::block::digest::Digest;
 use crate::cli::image;
 use crate::cli::output::print;
+use crate::digest::Digest;
 use crate::units::{ByteCount, ClusterSize, is_whole_sectors};
 
 #[derive(clap::Args)]

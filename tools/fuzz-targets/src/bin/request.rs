@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use pando::block::base::Base;
 use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::{self, Delta, Lifetime};
-use pando::block::digest::Digest;
+use pando::digest::Digest;
 use pando::block::storage::FileStorage;
 use pando::block::{Batch, Volume};
 use pando::sys::buffers::{Readable, Writable};
