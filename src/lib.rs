@@ -47,6 +47,7 @@
 
 pub mod block;
 pub mod cli;
+pub mod daemon;
 pub mod digest;
 pub mod sys;
 pub mod units;

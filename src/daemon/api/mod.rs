@@ -1,0 +1,3 @@
+//! The API: HTTP/JSON on a unix socket.
+
+pub mod types;
