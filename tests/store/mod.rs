@@ -1,6 +1,9 @@
 //! The store, through its API: what is imported is there, whole and unchanged, and what is refused leaves nothing.
 
+mod formats;
+mod hostile;
 mod images;
+mod limits;
 
 use std::fs::File;
 use std::io::Write;

@@ -9,7 +9,7 @@ use crate::sys::file;
 
 use super::{Fault, StoreError, fault_in};
 
-const V2_BYTES: usize = 72;
+const V2_BYTES: u64 = 72;
 const V3_BYTES: u64 = 104;
 const CLUSTER_BITS_MIN: u64 = 9;
 /// QEMU's own limit.
@@ -52,9 +52,7 @@ impl Header {
         read_into(file, label, &mut head, 0)?;
         let fault = |fault| Err(fault_in(label, fault));
         let number = |what, found, expected| Err(fault_in(label, Fault::Number { what, found, expected }));
-        if file_bytes < V2_BYTES as u64 {
-            return fault(Fault::Truncated { what: "header", end: V2_BYTES as u64, file_bytes });
-        }
+        check_end("header", 0, V2_BYTES, file_bytes).map_err(|fault| fault_in(label, fault))?;
         let version = u64::from(be32(&head, 4));
         if !(2..=3).contains(&version) {
             return number("version", version, "2 or 3");
@@ -66,6 +64,7 @@ impl Header {
         let cluster_bytes = 1 << cluster_bits;
         let features = if version == 2 { 0 } else { be64(&head, 72) };
         if version == 3 {
+            check_end("header", 0, V3_BYTES, file_bytes).map_err(|fault| fault_in(label, fault))?;
             let header_bytes = u64::from(be32(&head, 100));
             if header_bytes < V3_BYTES || header_bytes > cluster_bytes || header_bytes % 8 != 0 {
                 return number("header length", header_bytes, "a multiple of 8 from 104 to the size of a cluster");
