@@ -2,11 +2,13 @@
 //!
 //! The record, `IMAGE.digest`, is believed while the image's size, modification time and inode are those that it was made for.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use blake3::hazmat::{self, HasherExt};
 
@@ -93,9 +95,9 @@ pub fn of_image(image: &File, path: &Path, progress: &(dyn Fn(u64) + Sync)) -> R
     Ok((digest, Origin::Computed))
 }
 
-/// What an image's record is good for.
+/// What changes when somebody writes to a file: what an image's record is good for.
 #[derive(PartialEq, Eq)]
-struct Stamp {
+pub struct Stamp {
     size: u64,
     modified_s: i64,
     modified_ns: i64,
@@ -103,7 +105,8 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(image: &File) -> io::Result<Stamp> {
+    /// The stamp of an open file.
+    pub fn of(image: &File) -> io::Result<Stamp> {
         let metadata = image.metadata()?;
         Ok(Stamp {
             size: metadata.len(),
@@ -111,6 +114,11 @@ impl Stamp {
             modified_ns: metadata.mtime_nsec(),
             inode: metadata.ino(),
         })
+    }
+
+    /// Bytes of the file.
+    pub fn size(&self) -> u64 {
+        self.size
     }
 
     /// The record of a digest, as it stands in the file.
@@ -155,66 +163,99 @@ const PART_BYTES: u64 = 1 << 20;
 
 /// BLAKE3 of the first `size` bytes, on all processors.
 fn compute(image: &File, size: u64, progress: &(dyn Fn(u64) + Sync)) -> io::Result<Digest> {
+    of_parts(size, &|offset, bytes| {
+        file::read_at(image, Writable::from_mut_slice(bytes), offset)?;
+        progress(bytes.len() as u64);
+        Ok(())
+    })
+}
+
+/// BLAKE3 of `size` bytes that come in parts, on all processors.
+///
+/// `part` is called from several threads, once for each part, in no definite order but roughly from the first to the last.
+/// It fills the buffer with the bytes at the offset, and may do more with them: what it does is done in the same pass.
+/// After an error no further parts are begun.
+pub fn of_parts<E: Send>(size: u64, part: &(dyn Fn(u64, &mut [u8]) -> Result<(), E> + Sync)) -> Result<Digest, E> {
     if size <= PART_BYTES {
         let mut bytes = vec![0; size as usize];
-        file::read_at(image, Writable::from_mut_slice(&mut bytes), 0)?;
-        progress(size);
+        part(0, &mut bytes)?;
         return Ok(Digest(*blake3::hash(&bytes).as_bytes()));
     }
     let parts = size.div_ceil(PART_BYTES);
     let next = AtomicU64::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(parts as usize);
-    let found = std::thread::scope(|scope| {
-        let work = || -> io::Result<Vec<(u64, hazmat::ChainingValue)>> {
-            let mut found = Vec::new();
-            let mut bytes = vec![0; PART_BYTES as usize];
-            loop {
-                let part = next.fetch_add(1, Ordering::Relaxed);
-                if part >= parts {
-                    return Ok(found);
-                }
-                let offset = part * PART_BYTES;
-                let len = PART_BYTES.min(size - offset) as usize;
-                file::read_at(image, Writable::from_mut_slice(&mut bytes[..len]), offset)?;
-                let mut hasher = blake3::Hasher::new();
-                hasher.set_input_offset(offset).update(&bytes[..len]);
-                found.push((part, hasher.finalize_non_root()));
-                progress(len as u64);
+    let failed = AtomicBool::new(false);
+    let tree = Mutex::new(Tree::default());
+    let work = || -> Result<(), E> {
+        let mut bytes = vec![0; PART_BYTES as usize];
+        while !failed.load(Ordering::Relaxed) {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= parts {
+                break;
             }
-        };
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let mut found = Vec::with_capacity(parts as usize);
+            let offset = index * PART_BYTES;
+            let bytes = &mut bytes[..PART_BYTES.min(size - offset) as usize];
+            part(offset, bytes).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+            let mut hasher = blake3::Hasher::new();
+            hasher.set_input_offset(offset).update(bytes);
+            let value = hasher.finalize_non_root();
+            // What it guards is whole between any two calls, so that a panic elsewhere does not matter.
+            tree.lock().unwrap_or_else(PoisonError::into_inner).add(index, value);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let count = std::thread::available_parallelism().map_or(1, |count| (count.get() as u64).min(parts));
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(work)).collect();
+        let mut result = Ok(());
         for thread in threads {
             match thread.join() {
-                Ok(part) => found.extend(part?),
+                Ok(found) => result = result.and(found),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
-        Ok::<_, io::Error>(found)
+        result
     })?;
-    let mut values = vec![[0; 32]; parts as usize];
-    for (part, value) in found {
-        values[part as usize] = value;
-    }
-    let (left, right) = values.split_at(left_parts(size) as usize);
-    let left = subtree(left, left_parts(size) * PART_BYTES);
-    let right = subtree(right, size - left_parts(size) * PART_BYTES);
-    Ok(Digest(*hazmat::merge_subtrees_root(&left, &right, hazmat::Mode::Hash).as_bytes()))
+    Ok(tree.into_inner().unwrap_or_else(PoisonError::into_inner).root())
 }
 
-/// How many parts the left subtree of `bytes` bytes has.
-fn left_parts(bytes: u64) -> u64 {
-    hazmat::left_subtree_len(bytes) / PART_BYTES
+/// The subtrees of BLAKE3 over parts that come almost in order: few at any time, however many parts there are.
+#[derive(Default)]
+struct Tree {
+    /// How many parts are in `left`.
+    count: u64,
+    /// The subtrees to the left, from the largest to the smallest: one for each bit of `count`, except that the last two of
+    /// one size are not joined before more follows. They might be the root's, which is joined in another way.
+    left: Vec<hazmat::ChainingValue>,
+    /// Parts that came too early.
+    early: HashMap<u64, hazmat::ChainingValue>,
 }
 
-/// The chaining value of a subtree of `bytes` bytes from those of its parts.
-fn subtree(parts: &[hazmat::ChainingValue], bytes: u64) -> hazmat::ChainingValue {
-    if let [value] = parts {
-        return *value;
+impl Tree {
+    fn add(&mut self, index: u64, value: hazmat::ChainingValue) {
+        self.early.insert(index, value);
+        while let Some(value) = self.early.remove(&self.count) {
+            while self.left.len() > self.count.count_ones() as usize {
+                self.join();
+            }
+            self.left.push(value);
+            self.count += 1;
+        }
     }
-    let left_bytes = left_parts(bytes) * PART_BYTES;
-    let (left, right) = parts.split_at(left_parts(bytes) as usize);
-    hazmat::merge_subtrees_non_root(&subtree(left, left_bytes), &subtree(right, bytes - left_bytes), hazmat::Mode::Hash)
+
+    /// Joins the last two subtrees.
+    fn join(&mut self) {
+        if let (Some(right), Some(left)) = (self.left.pop(), self.left.pop()) {
+            self.left.push(hazmat::merge_subtrees_non_root(&left, &right, hazmat::Mode::Hash));
+        }
+    }
+
+    /// The digest of at least two parts, which all are there.
+    fn root(mut self) -> Digest {
+        while self.left.len() > 2 {
+            self.join();
+        }
+        Digest(*hazmat::merge_subtrees_root(&self.left[0], &self.left[1], hazmat::Mode::Hash).as_bytes())
+    }
 }
 
 #[cfg(test)]
@@ -231,7 +272,8 @@ mod tests {
     #[test]
     fn parts_add_up_to_blake3_of_the_whole() {
         let part = PART_BYTES as usize;
-        for len in [0, 1, part - 1, part, part + 1, 2 * part, 3 * part, 3 * part + 5, 4 * part, 7 * part + 1] {
+        for len in [0, 1, part - 1, part, part + 1, 2 * part, 3 * part, 3 * part + 5, 4 * part, 7 * part + 1, 8 * part]
+        {
             let bytes: Vec<u8> = (0..len).map(|i| (i * 31 % 251) as u8).collect();
             let file = image(&bytes);
             let read = AtomicU64::new(0);

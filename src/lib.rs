@@ -10,6 +10,8 @@
 //! bin/pando  ──▶ cli ─────────────┐
 //!                                 ▼
 //! bin/pando-blk ──▶ vhost_user ──▶ block ──▶ digest, sys, units
+//!                                            ▲
+//!                                 store ─────┘
 //! ```
 //!
 //! | module | owns | knows nothing of |
@@ -18,6 +20,7 @@
 //! | [`digest`] | the names of images: BLAKE3 of their contents | what an image is used for |
 //! | [`sys`] | mappings, file verbs, sockets, processes; all `unsafe` | what the bytes mean |
 //! | [`block`] | one volume: base, delta, their union | virtio, sockets |
+//! | [`store`] | images at rest: their files, imported, verified, exported | running machines, volumes |
 //! | [`vhost_user`] | one guest's device: session, rings, requests | what is behind a volume |
 //! | [`cli`] | arguments, a call, text | the data path |
 //!
@@ -49,6 +52,7 @@ pub mod block;
 pub mod cli;
 pub mod daemon;
 pub mod digest;
+pub mod store;
 pub mod sys;
 pub mod units;
 pub mod vhost_user;

@@ -3,5 +3,6 @@
 mod cli;
 mod ring;
 mod session;
+mod store;
 mod tidy;
 mod volume;

@@ -1,4 +1,5 @@
-//! The verbs of a file that the standard library lacks: vectored positional I/O, holes, extents, locks.
+//! The verbs of a file that the standard library lacks: vectored positional I/O, holes, extents, locks,
+//! names, and how contents get to the disk.
 //!
 //! Each does all of what was asked or returns the error of the kernel; a short count never gets out.
 
@@ -153,6 +154,110 @@ pub fn lock_holder(file: &File) -> Option<u32> {
 pub fn open_unnamed(directory: &std::path::Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     File::options().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(directory)
+}
+
+/// Makes `file` share the blocks of `from`, so that it has all the same contents without a copy. An error where the file
+/// system cannot do that, or where the two lie on different ones.
+pub fn share_blocks(file: &File, from: &File) -> io::Result<()> {
+    // SAFETY: takes two descriptors that are open for the whole call, and no pointers.
+    match unsafe { libc::ioctl(file.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Tells the kernel to start writing the bytes at `offset` to the disk, without waiting for it.
+pub fn start_writing(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    sync_range(file, offset, len, libc::SYNC_FILE_RANGE_WRITE)
+}
+
+/// Waits until the bytes at `offset` have been written to the disk. That does not make them durable: a sync still has to,
+/// and has less to do then. An error is reported here or there, but not in both places.
+pub fn wait_written(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let before_and_after = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    sync_range(file, offset, len, before_and_after | libc::SYNC_FILE_RANGE_WRITE)
+}
+
+fn sync_range(file: &File, offset: u64, len: u64, flags: u32) -> io::Result<()> {
+    let (offset, len) = (to_off(offset, 0)?, to_off(len, 0)?);
+    loop {
+        // SAFETY: takes no pointers.
+        if unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, flags) } == 0 {
+            return Ok(());
+        }
+        retry_interrupted()?;
+    }
+}
+
+/// Gives a file from [`open_unnamed`] a name. An error when the name is taken.
+pub fn give_name(file: &File, path: &std::path::Path) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let own = std::ffi::CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: two strings that end with a zero byte and live for the whole call.
+    let result =
+        unsafe { libc::linkat(libc::AT_FDCWD, own.as_ptr(), libc::AT_FDCWD, path.as_ptr(), libc::AT_SYMLINK_FOLLOW) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Opens the file of a descriptor anew, for reading only.
+pub fn reopen_read_only(file: &File) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// `struct fsverity_enable_arg` of linux/fsverity.h.
+#[repr(C)]
+struct VerityArgument {
+    version: u32,
+    hash_algorithm: u32,
+    block_size: u32,
+    salt_size: u32,
+    salt_ptr: u64,
+    sig_size: u32,
+    reserved1: u32,
+    sig_ptr: u64,
+    reserved2: [u64; 11],
+}
+
+const _: () = assert!(size_of::<VerityArgument>() == 128);
+
+/// `FS_IOC_ENABLE_VERITY`: `_IOW('f', 133, struct fsverity_enable_arg)`.
+const ENABLE_VERITY: libc::Ioctl = libc::_IOW::<VerityArgument>(b'f' as u32, 133);
+const VERITY_SHA256: u32 = 1;
+const VERITY_BLOCK_BYTES: u32 = 4096;
+
+/// Has the file system check every block of `file` when it is read from now on (fs-verity), and refuse every write for
+/// good. `file` is open for reading, and nobody has it open for writing. An error where the file system cannot do that.
+pub fn enable_verity(file: &File) -> io::Result<()> {
+    let argument = VerityArgument {
+        version: 1,
+        hash_algorithm: VERITY_SHA256,
+        block_size: VERITY_BLOCK_BYTES,
+        salt_size: 0,
+        salt_ptr: 0,
+        sig_size: 0,
+        reserved1: 0,
+        sig_ptr: 0,
+        reserved2: [0; 11],
+    };
+    // SAFETY: the request reads one structure of this very layout (its size is checked above, and is part of the request's
+    // number), which lives for the whole call. Salt and signature are null with a length of zero.
+    match unsafe { libc::ioctl(file.as_raw_fd(), ENABLE_VERITY, &raw const argument) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether [`enable_verity`] has been done to the file.
+pub fn has_verity(file: &File) -> bool {
+    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: an empty path that ends with a zero byte, and a structure that the kernel fills; both live for the call.
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_BASIC_STATS, found.as_mut_ptr())
+    };
+    // SAFETY: integers only, for which the zeros that it began with are valid, whatever the call did.
+    let found = unsafe { found.assume_init() };
+    result == 0 && found.stx_attributes & libc::STATX_ATTR_VERITY as u64 != 0
 }
 
 #[cfg(test)]
