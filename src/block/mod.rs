@@ -11,4 +11,4 @@ pub mod storage;
 mod volume;
 
 pub use error::Error;
-pub use volume::{Batch, Volume};
+pub use volume::{Batch, Sources, Volume};

@@ -35,6 +35,26 @@ pub struct Volume<S = FileStorage> {
 #[derive(Default)]
 pub struct Batch {
     marks: Marks,
+    sources: Sources,
+}
+
+/// Bytes that were read, by where they came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// From the base.
+    pub base: u64,
+    /// From the delta.
+    pub delta: u64,
+    /// From nowhere.
+    pub zero: u64,
+}
+
+impl Batch {
+    /// Where the bytes came from that were read in the batch until now; forgets it.
+    #[inline]
+    pub fn take_sources(&mut self) -> Sources {
+        std::mem::take(&mut self.sources)
+    }
 }
 
 /// Buffers of one piece of a request; more than these are rare and cost an allocation.
@@ -78,6 +98,17 @@ impl<S: Storage> Volume<S> {
 
     /// Reads the bytes at `offset` into `into`, one buffer after another.
     pub fn read(&self, offset: u64, into: &[Writable<'_>]) -> Result<(), Error> {
+        self.read_from(offset, into, &mut Sources::default())
+    }
+
+    /// As [`Volume::read`], and notes in `batch` where the bytes came from.
+    #[inline]
+    pub fn read_in_batch(&self, offset: u64, into: &[Writable<'_>], batch: &mut Batch) -> Result<(), Error> {
+        self.read_from(offset, into, &mut batch.sources)
+    }
+
+    #[inline]
+    fn read_from(&self, offset: u64, into: &[Writable<'_>], sources: &mut Sources) -> Result<(), Error> {
         self.check_range(offset, total_len_writable(into))?;
         let mut at = offset;
         for buffer in into {
@@ -86,9 +117,18 @@ impl<S: Storage> Volume<S> {
                 let (source, len) = self.run_at(at, (buffer.len() - done) as u64)?;
                 let part = buffer.part(done, len as usize);
                 match (source, &self.delta) {
-                    (Source::Delta, Some(delta)) => delta.read(part, at)?,
-                    (Source::Zero, _) => part.fill_zero(),
-                    (Source::Base | Source::Delta, _) => self.base.read(part, at),
+                    (Source::Delta, Some(delta)) => {
+                        delta.read(part, at)?;
+                        sources.delta += len;
+                    }
+                    (Source::Zero, _) => {
+                        part.fill_zero();
+                        sources.zero += len;
+                    }
+                    (Source::Base | Source::Delta, _) => {
+                        self.base.read(part, at);
+                        sources.base += len;
+                    }
                 }
                 done += len as usize;
                 at += len;

@@ -260,6 +260,34 @@ pub fn has_verity(file: &File) -> bool {
     result == 0 && found.stx_attributes & libc::STATX_ATTR_VERITY as u64 != 0
 }
 
+/// How many bytes of a file are in the page cache.
+pub fn cached_bytes(file: &File) -> io::Result<u64> {
+    /// `cachestat`, which libc does not know by name everywhere.
+    const SYS_CACHESTAT: libc::c_long = 451;
+    #[repr(C)]
+    struct Range {
+        offset: u64,
+        len: u64,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Found {
+        cached: u64,
+        dirty: u64,
+        writeback: u64,
+        evicted: u64,
+        recently_evicted: u64,
+    }
+    // All of it.
+    let range = Range { offset: 0, len: 0 };
+    let mut found = Found::default();
+    // SAFETY: both are laid out as the kernel's structures, and ours.
+    match unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut found, 0) } {
+        0 => Ok(found.cached * rustix::param::page_size() as u64),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,4 +12,6 @@ pub mod file;
 pub mod guest;
 pub mod mapping;
 pub mod process;
+pub mod shared;
 pub mod socket;
+pub mod watch;

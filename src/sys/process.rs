@@ -43,6 +43,31 @@ pub fn close_inherited() -> io::Result<()> {
     }
 }
 
+/// Closes every descriptor but the first three and that of `signals`, as [`close_inherited`] does.
+pub fn close_inherited_but(signals: &StopSignals) -> io::Result<()> {
+    let kept = signals.descriptor.as_raw_fd().cast_unsigned();
+    let mut ranges = vec![(kept + 1, u32::MAX)];
+    if kept > 3 {
+        ranges.push((3, kept - 1));
+    }
+    for (first, last) in ranges {
+        // SAFETY: nothing in this process owns a descriptor above 2 but `signals`, by this function's condition.
+        if unsafe { libc::close_range(first, last, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Makes the process the first of a session of its own: what is typed at the terminal of whoever started it is not meant for it.
+pub fn leave_session() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    match unsafe { libc::setsid() } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// The signals that ask a process to stop (SIGTERM, SIGINT), held back and readable.
 ///
 /// Threads and programs started afterwards hold them back too.

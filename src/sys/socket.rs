@@ -1,8 +1,9 @@
 //! Sockets that carry descriptors: the packet socket between keeper and worker, and looks at a front end's stream.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -74,6 +75,101 @@ impl PacketSocket {
         bytes.truncate(len);
         Ok(Some(Packet { bytes, descriptors }))
     }
+}
+
+impl PacketSocket {
+    /// Connects to a listener at a path.
+    pub fn connect(path: &Path) -> io::Result<PacketSocket> {
+        let socket = new_packet_socket(0)?;
+        let (address, len) = address_of(path)?;
+        loop {
+            // SAFETY: `address` is ours and at least as long as `len` says.
+            if unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) } == 0 {
+                return Ok(socket.into());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Whether nothing waits: what cannot be done at once is then an error of kind `WouldBlock`.
+    pub fn set_nonblocking(&self, on: bool) -> io::Result<()> {
+        self.socket.set_nonblocking(on)
+    }
+}
+
+/// A socket that packet sockets connect to by its path. The file at the path stays when it is closed.
+pub struct PacketListener {
+    socket: OwnedFd,
+}
+
+impl PacketListener {
+    /// Binds a path at which there is nothing, and listens.
+    pub fn bind(path: &Path) -> io::Result<PacketListener> {
+        const WAITING_MAX: i32 = 16;
+        let socket = new_packet_socket(libc::SOCK_NONBLOCK)?;
+        let (address, len) = address_of(path)?;
+        // SAFETY: `address` is ours and at least as long as `len` says; the second call takes no pointers.
+        let failed = unsafe {
+            libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) != 0
+                || libc::listen(socket.as_raw_fd(), WAITING_MAX) != 0
+        };
+        if failed { Err(io::Error::last_os_error()) } else { Ok(PacketListener { socket }) }
+    }
+
+    /// Takes the next connection; an error of kind `WouldBlock` when there is none.
+    pub fn accept(&self) -> io::Result<PacketSocket> {
+        let null = std::ptr::null_mut();
+        // SAFETY: the address is not asked for.
+        let found = unsafe {
+            libc::accept4(self.socket.as_raw_fd(), null, std::ptr::null_mut(), libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
+        };
+        if found < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call succeeded, so it is an open descriptor that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(found) }.into())
+    }
+}
+
+impl From<OwnedFd> for PacketListener {
+    fn from(socket: OwnedFd) -> PacketListener {
+        PacketListener { socket }
+    }
+}
+
+impl AsFd for PacketListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn new_packet_socket(flags: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes no pointers.
+    let socket = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | flags, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so it is an open descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+/// A path as a socket's address, and how long that is.
+fn address_of(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
+    // SAFETY: all-zero bytes are a valid address.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    let bytes = path.as_os_str().as_encoded_bytes();
+    // One byte more stays zero, and ends it.
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a path that no socket can have"));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = from.cast_signed();
+    }
+    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
 }
 
 impl From<OwnedFd> for PacketSocket {
@@ -156,8 +252,8 @@ pub fn peek(stream: &impl AsFd, to: &mut [u8]) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
-/// Whether the next `bytes` bytes that wait in a stream come with more than `max` descriptors. Takes nothing.
-pub fn has_more_descriptors(stream: &impl AsFd, bytes: usize, max: usize) -> io::Result<bool> {
+/// Copies of the descriptors that the next `bytes` bytes in a stream come with, at most `max`, and whether there are more. Takes nothing.
+pub fn peek_descriptors(stream: &impl AsFd, bytes: usize, max: usize) -> io::Result<(Vec<OwnedFd>, bool)> {
     let mut data = vec![0u8; bytes];
     let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
     // SAFETY: a computation.
@@ -177,7 +273,7 @@ pub fn has_more_descriptors(stream: &impl AsFd, bytes: usize, max: usize) -> io:
     if unsafe { libc::recvmsg(stream.as_fd().as_raw_fd(), &raw mut message, flags) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // A look at descriptors makes copies of them, which nobody needs.
+    let mut found = Vec::new();
     // SAFETY: the kernel has filled the control buffer, and says in the message how far.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     while !header.is_null() {
@@ -188,7 +284,7 @@ pub fn has_more_descriptors(stream: &impl AsFd, bytes: usize, max: usize) -> io:
             let count = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize) / size_of::<RawFd>();
             for index in 0..count {
                 // SAFETY: the kernel has just put that many descriptors there, for us, and nobody else owns them.
-                drop(unsafe {
+                found.push(unsafe {
                     OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().add(index).read_unaligned())
                 });
             }
@@ -196,7 +292,19 @@ pub fn has_more_descriptors(stream: &impl AsFd, bytes: usize, max: usize) -> io:
         // SAFETY: as for the first.
         header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
-    Ok(message.msg_flags & libc::MSG_CTRUNC != 0)
+    Ok((found, message.msg_flags & libc::MSG_CTRUNC != 0))
+}
+
+/// Sends bytes to a stream if there is room for all of them at once.
+pub fn send_at_once(stream: &impl AsFd, bytes: &[u8]) -> io::Result<()> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `bytes` is as long as we say.
+    let sent = unsafe { libc::send(stream.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    match usize::try_from(sent) {
+        Ok(sent) if sent == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Whether some kilobytes can be written to a stream without waiting for the other side to read.
@@ -230,11 +338,15 @@ pub fn is_peer_gone(stream: &impl AsFd) -> io::Result<bool> {
 }
 
 /// Waits until one of the descriptors can be read or is at its end, at most `timeout_ms` (-1: without limit), and says which.
+/// What is `None` is not waited for.
 pub fn wait_readable<const N: usize>(
-    descriptors: [std::os::fd::BorrowedFd<'_>; N],
+    descriptors: [Option<BorrowedFd<'_>>; N],
     timeout_ms: i32,
 ) -> io::Result<[bool; N]> {
-    let mut polled = descriptors.map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+    // The kernel passes negative numbers over.
+    let number = |descriptor: Option<BorrowedFd<'_>>| descriptor.map_or(-1, |descriptor| descriptor.as_raw_fd());
+    let mut polled =
+        descriptors.map(|descriptor| libc::pollfd { fd: number(descriptor), events: libc::POLLIN, revents: 0 });
     loop {
         // SAFETY: `polled` is ours and has N entries.
         if unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, timeout_ms) } >= 0 {
@@ -245,4 +357,39 @@ pub fn wait_readable<const N: usize>(
             return Err(error);
         }
     }
+}
+
+/// Who is at the other end of a unix socket.
+pub struct Peer {
+    /// The user that it was when it connected.
+    pub uid: u32,
+    /// Its groups, the primary one first.
+    pub gids: Vec<u32>,
+    /// The process that connected.
+    pub process: u32,
+}
+
+/// Says who is at the other end of a connected unix socket, as the kernel noted it when the connection was made.
+pub fn peer(stream: &impl AsFd) -> io::Result<Peer> {
+    let fd = stream.as_fd().as_raw_fd();
+    let mut found = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: `found` and `len` are ours and describe each other.
+    if unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut found).cast(), &raw mut len) } != 0
+    {
+        return Err(io::Error::last_os_error());
+    }
+    // As many as a process can have.
+    let mut groups = vec![0 as libc::gid_t; 65536];
+    let mut len = size_of_val(groups.as_slice()) as libc::socklen_t;
+    // SAFETY: `groups` and `len` are ours and describe each other.
+    if unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len) }
+        != 0
+    {
+        return Err(io::Error::last_os_error());
+    }
+    groups.truncate(len as usize / size_of::<libc::gid_t>());
+    groups.retain(|group| *group != found.gid);
+    groups.insert(0, found.gid);
+    Ok(Peer { uid: found.uid, gids: groups, process: found.pid.unsigned_abs() })
 }

@@ -15,6 +15,7 @@
 
 pub mod check;
 pub mod extents;
+pub mod grow;
 pub mod header;
 pub mod layout;
 mod map;

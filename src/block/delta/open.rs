@@ -55,6 +55,9 @@ pub enum OpenError {
     /// A size that cannot be.
     #[error("a volume of {bytes} bytes cannot be made: {expected}")]
     Size { bytes: u64, expected: &'static str },
+    /// A volume never becomes smaller.
+    #[error("{file} holds a volume of {} ({found} bytes), which cannot become smaller ({asked} bytes)", ByteCount(*.found))]
+    Shrink { file: String, found: u64, asked: u64 },
     /// The volume would be smaller than its base.
     #[error(
         "a volume of {bytes} bytes would cut off the end of its base of {base_bytes} bytes: expected at least as many"
