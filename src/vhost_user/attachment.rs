@@ -2,20 +2,47 @@
 //! daemon, makes one of these, and there is one code path from here on.
 
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use super::device::SERIAL_BYTES;
 
 /// What to serve, and where.
 pub struct Attachment {
-    /// The image, open for reading; `None`: a blank volume.
-    pub base: Option<File>,
-    /// The delta, open for writing and locked; `None`: a read-only volume.
-    pub delta: Option<AttachedDelta>,
+    /// What is served.
+    pub part: Part,
     /// Where front ends come from.
     pub endpoint: Endpoint,
     /// What is offered to them.
     pub offer: Offer,
+    /// Where the worker counts what it does ([`super::counters`]).
+    pub counters: File,
+    /// What it is called in reports to a controller.
+    pub name: String,
+    /// A guest may be running from it already, whose past is not known.
+    pub resumed: bool,
+    /// The VMM loads the guest's kernel ([`super::boot`]).
+    pub kernel_from_vmm: bool,
+}
+
+/// A volume, as files.
+pub struct Part {
+    /// What it is called in reports to a controller.
+    pub tag: String,
+    /// The image, open for reading; `None`: a blank volume.
+    pub base: Option<File>,
+    /// The delta, open for writing and locked; `None`: a read-only volume.
+    pub delta: Option<AttachedDelta>,
+    /// What GET_ID answers; `None`: made of the delta's UUID.
+    pub serial: Option<[u8; SERIAL_BYTES]>,
+}
+
+impl Part {
+    /// Its files, in the order in which messages have them.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let base = self.base.as_ref().map(AsFd::as_fd);
+        base.into_iter().chain(self.delta.as_ref().map(|delta| delta.file.as_fd()))
+    }
 }
 
 /// A delta, open and locked.
@@ -43,6 +70,4 @@ pub struct Offer {
     pub queues: u16,
     /// The largest ring that is taken, in descriptors: a power of two.
     pub ring_size_max: u16,
-    /// What GET_ID answers; `None`: made of the delta's UUID.
-    pub serial: Option<[u8; SERIAL_BYTES]>,
 }

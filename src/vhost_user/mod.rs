@@ -2,17 +2,24 @@
 //!
 //! Knows a volume, and never what is behind it. Two processes, of one program:
 //!
-//! - the **keeper** ([`keeper`], [`session`]) speaks with the front end and holds what it has said;
+//! - the **keeper** ([`keeper`], [`session`], [`service`]) speaks with the front end and holds what it has said;
 //! - the **worker** ([`worker`], [`queue`], [`ring`], [`request`]) maps the guest's memory and moves the bytes.
 //!
-//! [`order`] is all that they say to each other. [`device`] is what a driver gets to know; both use it.
+//! [`order`] is all that they say to each other. [`device`] is what a driver gets to know; both use it. Who starts a keeper may go on
+//! talking with it ([`control`]), have it serve another image from the guest's next boot on ([`boot`] says when that is), and read what the
+//! worker counts ([`counters`]).
 
 pub mod attachment;
+pub mod boot;
+pub mod control;
+pub mod conversation;
+pub mod counters;
 pub mod device;
 pub mod keeper;
 pub mod order;
 pub mod queue;
 pub mod request;
 pub mod ring;
+pub mod service;
 pub mod session;
 pub mod worker;

@@ -21,6 +21,7 @@ use crate::sys::events::{self, Epoll};
 use crate::sys::guest::GuestMemory;
 use crate::sys::process;
 
+use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
 use super::request::{self, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
@@ -46,6 +47,8 @@ pub struct Queue {
     pub device: Arc<Device>,
     /// The features that the driver took.
     pub features: u64,
+    /// Where to count what is done.
+    pub counters: Arc<Counters>,
     /// Written by the driver when requests wait.
     pub kick: File,
     /// Written for the driver when completions wait.
@@ -125,6 +128,9 @@ struct NotifyError(#[source] io::Error);
 /// A completion that waits for the batch's commit.
 struct Completion<'m> {
     head: u16,
+    kind: Kind,
+    /// Bytes that were asked for.
+    bytes: u64,
     data_bytes: u32,
     status: Status,
     status_place: Option<Writable<'m>>,
@@ -159,6 +165,7 @@ impl Queue {
     ) -> Result<(), QueueError> {
         let memory = Arc::clone(&self.memory);
         let mut batch = Batch::default();
+        let mut tally = Tally::default();
         let mut chain = Chain::default();
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
         // What was completed before this call descriptor came was told to another one, or to none.
@@ -167,9 +174,11 @@ impl Queue {
         while !stop.asked.load(Ordering::Acquire) {
             let waiting = self.ring.waiting()?;
             if waiting > 0 {
+                let taken = Instant::now();
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
                 // What was taken is completed also when the ring broke behind it.
-                self.finish_batch(&mut completions, &mut batch, stop, complaints);
+                self.finish_batch(&mut completions, &mut batch, &mut tally, stop, complaints);
+                tally.count(&self.counters, self.index, taken.elapsed());
                 result?;
             } else if !self.ring.resume_kicks() {
                 epoll.wait().map_err(QueueError::Wait)?;
@@ -198,8 +207,15 @@ impl Queue {
             if let Err(error) = self.ring.chain(head, memory, chain) {
                 complaints.guests(&error);
                 // Without a chain there is no place for a status either; the driver gets its descriptors back.
-                let nothing =
-                    Completion { head, data_bytes: 0, status: Status::IoError, status_place: None, wrote: false };
+                let nothing = Completion {
+                    head,
+                    kind: Kind::Other,
+                    bytes: 0,
+                    data_bytes: 0,
+                    status: Status::IoError,
+                    status_place: None,
+                    wrote: false,
+                };
                 completions.push(nothing);
                 continue;
             }
@@ -213,8 +229,15 @@ impl Queue {
             };
             let data_bytes = if status == Status::Ok { outcome.data_bytes } else { 0 };
             bytes += chain.bytes();
-            let status_place = outcome.status_place;
-            completions.push(Completion { head, data_bytes, status, status_place, wrote: outcome.wrote });
+            completions.push(Completion {
+                head,
+                kind: outcome.kind,
+                bytes: outcome.bytes,
+                data_bytes,
+                status,
+                status_place: outcome.status_place,
+                wrote: outcome.wrote,
+            });
         }
         Ok(())
     }
@@ -224,6 +247,7 @@ impl Queue {
         &mut self,
         completions: &mut Vec<Completion<'_>>,
         batch: &mut Batch,
+        tally: &mut Tally,
         stop: &Stop,
         complaints: &mut Complaints,
     ) {
@@ -239,9 +263,11 @@ impl Queue {
         }
         for completion in completions.drain(..) {
             let status = if completion.wrote && safe.is_err() { Status::IoError } else { completion.status };
+            tally.note(completion.kind, completion.bytes, status != Status::Ok);
             let status_bytes = completion.status_place.map_or(0, |place| place.copy_from_slice(&[status as u8]) as u32);
             self.ring.complete(completion.head, completion.data_bytes + status_bytes);
         }
+        tally.sources = batch.take_sources();
         if self.ring.publish() {
             self.notify(stop, complaints);
         }

@@ -9,6 +9,7 @@ use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
 use crate::units::{is_whole_sectors, sectors_to_bytes};
 
+use super::counters::Kind;
 use super::device::{RANGE_SECTORS_MAX, RANGES_MAX, SERIAL_BYTES};
 use super::ring::Chain;
 
@@ -81,6 +82,10 @@ pub struct Outcome<'m> {
     pub data_bytes: u32,
     /// Whether it wrote to the volume, and so depends on the batch's commit.
     pub wrote: bool,
+    /// What it was.
+    pub kind: Kind,
+    /// Bytes of the volume that it was about.
+    pub bytes: u64,
 }
 
 /// The fixed part of a request.
@@ -97,12 +102,19 @@ pub fn execute<'m>(
     serial: &[u8; SERIAL_BYTES],
     batch: &mut Batch,
 ) -> Outcome<'m> {
-    let mut outcome = Outcome { status_place: take_status(chain), result: Ok(()), data_bytes: 0, wrote: false };
+    let mut outcome = Outcome {
+        status_place: take_status(chain),
+        result: Ok(()),
+        data_bytes: 0,
+        wrote: false,
+        kind: Kind::Other,
+        bytes: 0,
+    };
     if outcome.status_place.is_none() {
         outcome.result = Err(RequestError::NoStatus);
         return outcome;
     }
-    outcome.result = carry_out(chain, volume, serial, batch, &mut outcome.data_bytes, &mut outcome.wrote);
+    outcome.result = carry_out(chain, volume, serial, batch, &mut outcome);
     outcome
 }
 
@@ -111,38 +123,44 @@ fn carry_out(
     volume: &Volume,
     serial: &[u8; SERIAL_BYTES],
     batch: &mut Batch,
-    data_bytes: &mut u32,
-    wrote: &mut bool,
+    outcome: &mut Outcome<'_>,
 ) -> Result<(), RequestError> {
     let (header, first) = take_header(chain)?;
     let readable = &chain.readable[first..];
     match header.kind {
         virtio_blk::VIRTIO_BLK_T_IN => {
+            outcome.kind = Kind::Read;
             let len = check_data(total_len_writable(&chain.writable))?;
-            volume.read(offset_of(header.sector)?, &chain.writable)?;
-            *data_bytes = len;
+            volume.read_in_batch(offset_of(header.sector)?, &chain.writable, batch)?;
+            (outcome.data_bytes, outcome.bytes) = (len, len.into());
             Ok(())
         }
         virtio_blk::VIRTIO_BLK_T_OUT => {
-            check_data(total_len_readable(readable))?;
-            *wrote = true;
+            outcome.kind = Kind::Write;
+            outcome.bytes = check_data(total_len_readable(readable))?.into();
+            outcome.wrote = true;
             Ok(volume.write(offset_of(header.sector)?, readable, batch)?)
         }
-        virtio_blk::VIRTIO_BLK_T_FLUSH => Ok(volume.flush()?),
+        virtio_blk::VIRTIO_BLK_T_FLUSH => {
+            outcome.kind = Kind::Flush;
+            Ok(volume.flush()?)
+        }
         virtio_blk::VIRTIO_BLK_T_GET_ID => {
             let mut rest = &serial[..];
             for buffer in &chain.writable {
                 rest = &rest[buffer.copy_from_slice(rest)..];
             }
-            *data_bytes = (SERIAL_BYTES - rest.len()) as u32;
-            if *data_bytes == 0 {
+            outcome.data_bytes = (SERIAL_BYTES - rest.len()) as u32;
+            if outcome.data_bytes == 0 {
                 return Err(RequestError::DataLength { len: 0, expected: "room for a serial number of 20 bytes" });
             }
             Ok(())
         }
         kind @ (virtio_blk::VIRTIO_BLK_T_DISCARD | virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES) => {
-            *wrote = true;
-            ranges(kind, readable, volume, batch)
+            let is_discard = kind == virtio_blk::VIRTIO_BLK_T_DISCARD;
+            outcome.kind = if is_discard { Kind::Discard } else { Kind::WriteZeroes };
+            outcome.wrote = true;
+            ranges(kind, readable, volume, batch, &mut outcome.bytes)
         }
         kind => Err(RequestError::Kind { kind }),
     }
@@ -203,7 +221,13 @@ fn offset_of(sector: u64) -> Result<u64, RequestError> {
 }
 
 /// Carries out the ranges of a discard or write-zeroes request. All are checked before the first is carried out.
-fn ranges(kind: u32, readable: &[Readable<'_>], volume: &Volume, batch: &mut Batch) -> Result<(), RequestError> {
+fn ranges(
+    kind: u32,
+    readable: &[Readable<'_>],
+    volume: &Volume,
+    batch: &mut Batch,
+    done: &mut u64,
+) -> Result<(), RequestError> {
     let len = total_len_readable(readable);
     if len == 0 || !len.is_multiple_of(RANGE_BYTES as u64) || len > u64::from(RANGES_MAX) * RANGE_BYTES as u64 {
         return Err(RequestError::DataLength { len, expected: "1 to 64 ranges of 16 bytes" });
@@ -239,6 +263,7 @@ fn ranges(kind: u32, readable: &[Readable<'_>], volume: &Volume, batch: &mut Bat
         } else {
             volume.write_zeroes(offset, len, flags & unmap != 0, batch)?;
         }
+        *done += len;
     }
     Ok(())
 }

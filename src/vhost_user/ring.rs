@@ -140,6 +140,11 @@ pub struct Ring {
     notify_next: bool,
 }
 
+/// How far the used ring at a place has come; `None` where there is none.
+pub fn used_index(memory: &Arc<GuestMemory>, place: &RingPlace) -> Option<u16> {
+    Ring::new(memory, place, 0, false).ok().map(|ring| ring.next_used)
+}
+
 impl Ring {
     /// The ring at `place`, of which the entries before `next_available` have been taken.
     pub fn new(

@@ -6,7 +6,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard};
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -16,12 +17,13 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error as ProtocolError, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use crate::sys::guest::RegionPlace;
+use crate::sys::socket;
 
-use super::attachment::Offer;
+use super::boot::{Driver, RingStart, Start};
 use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
-use super::keeper::{Worker, WorkerError};
 use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder};
 use super::ring::RingPlace;
+use super::service::{Service, WorkerError, chain_of};
 
 type Result<T> = std::result::Result<T, ProtocolError>;
 
@@ -65,13 +67,15 @@ impl From<Refusal> for ProtocolError {
 
 /// One front end's connection.
 pub struct Session<'k> {
-    worker: &'k Worker,
-    device: &'k Device,
-    offer: &'k Offer,
+    service: &'k Mutex<Service>,
     features: u64,
     regions: Vec<(RegionPlace, File)>,
     rings: Vec<Ring>,
-    /// Where the front end takes messages; kept open for it.
+    /// Whether no ring has run yet.
+    is_new: bool,
+    /// Where the front end takes messages.
+    channel: Option<OwnedFd>,
+    /// The protocol's own idea of it; kept open for the front end.
     _channel: Option<Backend>,
 }
 
@@ -106,11 +110,44 @@ impl Ring {
 
 impl<'k> Session<'k> {
     /// A connection on which nothing has been said.
-    pub fn new(worker: &'k Worker, device: &'k Device, offer: &'k Offer) -> Session<'k> {
-        let rings = (0..offer.queues).map(|_| Ring::default()).collect();
-        // A driver that says nothing of the write cache finds it on, whatever the last one did.
-        device.set_writeback(true);
-        Session { worker, device, offer, features: 0, regions: Vec::new(), rings, _channel: None }
+    pub fn new(service: &'k Mutex<Service>) -> Session<'k> {
+        let queues = {
+            let service = lock(service);
+            // A driver that says nothing of the write cache finds it on, whatever the last one did.
+            service.device().set_writeback(true);
+            service.offer().queues
+        };
+        let rings = (0..queues).map(|_| Ring::default()).collect();
+        Session { service, features: 0, regions: Vec::new(), rings, is_new: true, channel: None, _channel: None }
+    }
+
+    fn service(&self) -> MutexGuard<'k, Service> {
+        lock(self.service)
+    }
+
+    fn ask(
+        &self,
+        order: SessionOrder,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> std::result::Result<Vec<(u16, u16)>, WorkerError> {
+        self.service().ask(&Order::Become(order), descriptors)
+    }
+
+    /// Takes the descriptor over at which the front end takes messages.
+    pub fn set_channel(&mut self, channel: OwnedFd) {
+        self.channel = Some(channel);
+    }
+
+    /// Tells the front end that the configuration space has changed, if it listens to such messages.
+    fn tell_config_change(&self) {
+        /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1 and no answer, no payload. An answer must not be asked for: QEMU asks for the
+        /// configuration before it would give one.
+        const MESSAGE: [u32; 3] = [2, 1, 0];
+        let Some(channel) = &self.channel else { return };
+        let bytes: Vec<u8> = MESSAGE.iter().flat_map(|part| part.to_ne_bytes()).collect();
+        if let Err(error) = socket::send_at_once(channel, &bytes) {
+            log::warn!("the front end could not be told of the volume's new size: {error}");
+        }
     }
 
     /// Stops all rings and forgets the guest's memory.
@@ -121,7 +158,7 @@ impl<'k> Session<'k> {
         running.iter().for_each(|index| self.rings[*index].runs = false);
         let rings = running.into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
         let order = SessionOrder { memory: Some(Vec::new()), rings, ..self.order() };
-        self.worker.ask(&Order::Become(order), &[]).map(drop)
+        self.ask(order, &[]).map(drop)
     }
 
     fn running(&self) -> Vec<usize> {
@@ -130,13 +167,17 @@ impl<'k> Session<'k> {
 
     /// An order that changes nothing but what has changed by itself.
     fn order(&self) -> SessionOrder {
-        SessionOrder { features: self.features, writeback: self.device.writeback(), ..SessionOrder::default() }
+        SessionOrder {
+            features: self.features,
+            writeback: self.service().device().writeback(),
+            ..SessionOrder::default()
+        }
     }
 
     fn index(&self, index: u32) -> std::result::Result<usize, Refusal> {
         match usize::try_from(index) {
             Ok(found) if found < self.rings.len() => Ok(found),
-            _ => Err(Refusal::Ring { index, queues: self.offer.queues }),
+            _ => Err(Refusal::Ring { index, queues: self.rings.len() as u16 }),
         }
     }
 
@@ -153,7 +194,7 @@ impl<'k> Session<'k> {
             return Ok(());
         }
         let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: None }], ..self.order() };
-        let stopped = self.worker.ask(&Order::Become(order), &[]).map_err(Refusal::from)?;
+        let stopped = self.ask(order, &[]).map_err(Refusal::from)?;
         self.rings[index].runs = false;
         if let Some((_, next_available)) = stopped.into_iter().find(|(stopped, _)| usize::from(*stopped) == index) {
             self.rings[index].next_available = Some(next_available);
@@ -166,6 +207,10 @@ impl<'k> Session<'k> {
         if ring.runs || !ring.should_run() || self.regions.is_empty() {
             return Ok(());
         }
+        if self.rings.iter().all(|ring| !ring.runs) {
+            self.device_starts()?;
+        }
+        let ring = &self.rings[index];
         let run = RingRun {
             place: ring.place,
             next_available: ring.next_available,
@@ -174,9 +219,72 @@ impl<'k> Session<'k> {
         };
         let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: Some(run) }], ..self.order() };
         let descriptors: Vec<BorrowedFd> = ring.events().collect();
-        self.worker.ask(&Order::Become(order), &descriptors).map_err(Refusal::from)?;
+        self.ask(order, &descriptors).map_err(Refusal::from)?;
         self.rings[index].runs = true;
         Ok(())
+    }
+
+    /// No ring runs, and one is about to. If this is the first start of the guest's boot, what is staged is served from here on.
+    fn device_starts(&mut self) -> Result<()> {
+        let placed: Vec<usize> = (0..self.rings.len()).filter(|index| self.rings[*index].placed).collect();
+        let mut service = self.service();
+        let used = match service.staged() {
+            Some(_) => {
+                let places = placed.iter().map(|index| self.rings[*index].place).collect();
+                service.used_indexes(places).map_err(Refusal::from)?
+            }
+            // Nothing depends on it.
+            None => vec![None; placed.len()],
+        };
+        let ring = |(index, used): (&usize, Option<u16>)| RingStart {
+            index: *index,
+            base: self.rings[*index].next_available,
+            used,
+        };
+        let start = Start {
+            driver: Driver::of_features(self.features),
+            new_connection: self.is_new,
+            rings: placed.iter().zip(used).map(ring).collect(),
+        };
+        self.is_new = false;
+        if service.starts(&start) {
+            let bytes = service.device().description().bytes;
+            let writeback = service.device().writeback();
+            let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
+            let order = SessionOrder { features: self.features, writeback, memory, rings: Vec::new() };
+            let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
+            let switched = service.switch(&Order::Become(order), &descriptors);
+            if switched && service.device().description().bytes != bytes {
+                self.tell_config_change();
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the volume larger under a guest that may be running: its rings stop, and go on where they were.
+    ///
+    /// The outer error: the volume is not served any more.
+    pub fn grow(&mut self, bytes: u64) -> std::result::Result<std::result::Result<(), WorkerError>, WorkerError> {
+        let running = self.running();
+        let order = SessionOrder {
+            rings: running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect(),
+            ..self.order()
+        };
+        for (ring, position) in self.ask(order, &[])? {
+            let ring = &mut self.rings[usize::from(ring)];
+            (ring.runs, ring.next_available) = (false, Some(position));
+        }
+        let before = self.service().device().description().bytes;
+        let grown = self.service().grow(bytes)?;
+        let resumed = self.tell_memory().and_then(|()| running.into_iter().try_for_each(|index| self.start(index)));
+        if let Err(error) = resumed {
+            // The front end's own fault, and it finds its rings stopped; what it says next is answered.
+            log::error!("the rings do not go on after the volume has grown: {}", chain_of(&error));
+        }
+        if self.service().device().description().bytes != before {
+            self.tell_config_change();
+        }
+        Ok(grown)
     }
 
     /// Whether a ring lies in the memory as it is now.
@@ -206,7 +314,7 @@ impl<'k> Session<'k> {
         let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
         let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
         let order = SessionOrder { memory, ..self.order() };
-        self.worker.ask(&Order::Become(order), &descriptors).map_err(Refusal::from)?;
+        self.ask(order, &descriptors).map_err(Refusal::from)?;
         for index in 0..self.rings.len() {
             if self.is_in_memory(index) {
                 self.start(index)?;
@@ -223,6 +331,10 @@ impl<'k> Session<'k> {
         }
         Ok(())
     }
+}
+
+fn lock(service: &Mutex<Service>) -> MutexGuard<'_, Service> {
+    service.lock().expect("no holder of this lock panics")
 }
 
 fn place_of(guest_address: u64, bytes: u64, user_address: u64, file_offset: u64) -> RegionPlace {
@@ -247,16 +359,16 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.features())
+        Ok(self.service().device().features())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let offered = self.device.features();
+        let offered = self.service().device().features();
         if features & !offered != 0 {
             return Err(Refusal::Features { features, offered }.into());
         }
         self.features = features;
-        self.worker.ask(&Order::Become(self.order()), &[]).map_err(Refusal::from)?;
+        self.ask(self.order(), &[]).map_err(Refusal::from)?;
         Ok(())
     }
 
@@ -314,12 +426,12 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.offer.queues.into())
+        Ok(self.rings.len() as u64)
     }
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
         let ring = self.index(index)?;
-        let max = self.offer.ring_size_max;
+        let max = self.service().offer().ring_size_max;
         match u16::try_from(size) {
             Ok(size) if size.is_power_of_two() && size <= max => self.change(ring, |ring| ring.place.size = size),
             _ => Err(Refusal::RingSize { index, size, max }.into()),
@@ -397,12 +509,12 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(self.device.config(offset, size))
+        Ok(self.service().device().config(offset, size))
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        self.device.set_config(offset, bytes);
-        self.worker.ask(&Order::Become(self.order()), &[]).map_err(Refusal::from)?;
+        self.service().device().set_config(offset, bytes);
+        self.ask(self.order(), &[]).map_err(Refusal::from)?;
         Ok(())
     }
 

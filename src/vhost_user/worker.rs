@@ -16,12 +16,13 @@ use crate::sys::guest::{GuestMemory, MapError};
 use crate::sys::process;
 use crate::units::ClusterSize;
 
+use super::conversation::{Conversation, ConversationError, Descriptors};
+use super::counters::Counters;
 use super::device::{self, Description, Device, serial_from};
-use super::order::{
-    Answer, Conversation, Descriptors, Opened, Order, OrderError, RingOrder, RingRun, SessionOrder, VolumeOrder,
-};
+use super::order::{Answer, Opened, Order, RingOrder, RingRun, SessionOrder, VolumeOrder};
 use super::queue::{Queue, RunningQueue};
-use super::ring::{Ring, RingError};
+use super::ring::{self, Ring, RingError};
+use super::service::chain_of;
 
 /// The argument by which the program knows that it is to be a worker.
 pub const WORKER_ARGUMENT: &str = "--worker";
@@ -30,9 +31,11 @@ pub const WORKER_ARGUMENT: &str = "--worker";
 #[derive(Debug, thiserror::Error)]
 enum WorkerError {
     #[error(transparent)]
-    Order(#[from] OrderError),
+    Order(#[from] ConversationError),
     #[error("an order came out of turn")]
     Turn,
+    #[error("cannot map the counters")]
+    MapCounters(#[source] io::Error),
     #[error("cannot map the base")]
     MapBase(#[source] io::Error),
     #[error("cannot map {label}")]
@@ -74,12 +77,12 @@ pub fn run() -> io::Result<()> {
     process::close_inherited()?;
     process::allow_interrupts()?;
     process::set_name(c"pando-worker");
-    let conversation = Conversation::of_worker(process::take_standard_input()?);
+    let conversation = Conversation::over(process::take_standard_input()?.into(), "keeper");
     let mut worker: Option<Worker> = None;
     loop {
         let (order, descriptors) = match conversation.receive() {
             Ok(received) => received,
-            Err(OrderError::Gone(_)) => {
+            Err(ConversationError::Gone(_)) => {
                 log::debug!("the keeper is gone");
                 return Ok(());
             }
@@ -91,7 +94,7 @@ pub fn run() -> io::Result<()> {
             Err(error) => Answer::Failed(chain_of(&error)),
         };
         match conversation.send(&answer, &[]) {
-            Err(OrderError::Gone(_)) => return Ok(()),
+            Err(ConversationError::Gone(_)) => return Ok(()),
             result => result.map_err(io::Error::other)?,
         }
         if closes {
@@ -108,21 +111,13 @@ fn carry_out(worker: &mut Option<Worker>, order: Order, descriptors: Descriptors
             Ok(Answer::Opened(opened))
         }
         (Some(worker), Order::Become(order)) => worker.become_as(order, descriptors).map(Answer::Done),
+        (Some(worker), Order::Look(places)) => {
+            Ok(Answer::Looked(places.iter().map(|place| ring::used_index(&worker.memory, place)).collect()))
+        }
         (Some(worker), Order::Close) => worker.close().map(|()| Answer::Done(Vec::new())),
         (None, Order::Close) => Ok(Answer::Done(Vec::new())),
         _ => Err(WorkerError::Turn),
     }
-}
-
-/// An error and its causes, in one line.
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 struct Worker {
@@ -130,6 +125,7 @@ struct Worker {
     device: Arc<Device>,
     features: u64,
     memory: Arc<GuestMemory>,
+    counters: Arc<Counters>,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -152,6 +148,7 @@ impl Worker {
         if let Some(level) = log::LevelFilter::iter().nth(order.log_level.into()) {
             log::set_max_level(level);
         }
+        let counters = Counters::map(&File::from(descriptors.take()?)).map_err(WorkerError::MapCounters)?;
         let base = descriptors.take_if(order.has_base)?.map(File::from);
         let base = base.map_or_else(Base::empty, |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
@@ -180,6 +177,7 @@ impl Worker {
             device: Arc::new(Device::new(opened.description(order.queues))),
             features: 0,
             memory: Arc::default(),
+            counters: Arc::new(counters),
             rings: BTreeMap::new(),
         };
         Ok((opened, worker))
@@ -253,6 +251,7 @@ impl Worker {
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),
             features: self.features,
+            counters: Arc::clone(&self.counters),
             kick: copy(&events.kick)?,
             call: events.call.as_ref().map(copy).transpose()?,
             error: events.error.as_ref().map(copy).transpose()?,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use pando::digest::Digest;
 use pando::units::{ByteCount, ClusterSize};
+use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::ring::RING_SIZE_MAX;
 use pando::vhost_user::worker::WORKER_ARGUMENT;
@@ -55,6 +56,8 @@ const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\"read-o
 pub enum Invocation {
     /// Be a worker; only ever asked for by a keeper.
     Worker,
+    /// Serve what descriptor 0 says; only ever asked for by a daemon.
+    Managed,
     /// Print this and be done.
     Print(String),
     /// Serve.
@@ -119,6 +122,9 @@ struct Typed {
 pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
     if arguments.iter().skip(1).eq([WORKER_ARGUMENT]) {
         return Ok(Invocation::Worker);
+    }
+    if arguments.iter().skip(1).eq([MANAGED_ARGUMENT]) {
+        return Ok(Invocation::Managed);
     }
     // By QEMU's conventions, everything else is ignored then.
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {

@@ -21,6 +21,10 @@ fn main() -> ExitCode {
             start_log("worker", log::LevelFilter::Info);
             worker::run().context("the worker failed")
         }
+        Ok(Invocation::Managed) => {
+            start_log("keeper", log::LevelFilter::Info);
+            managed()
+        }
         Ok(Invocation::Print(text)) => std::io::stdout().write_all(text.as_bytes()).context("cannot print"),
         Ok(Invocation::Serve(options)) => {
             start_log("keeper", options.log_level);
@@ -47,6 +51,11 @@ fn serve(options: &args::Options) -> anyhow::Result<()> {
     let result = keeper::serve(attachment, &signals, || log::info!("ready for front ends at {}", options.place));
     drop(socket);
     Ok(result?)
+}
+
+fn managed() -> anyhow::Result<()> {
+    let signals = StopSignals::hold().context("cannot hold back signals")?;
+    Ok(keeper::serve_managed(&signals)?)
 }
 
 fn start_log(process: &'static str, level: log::LevelFilter) {

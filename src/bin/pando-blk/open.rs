@@ -13,7 +13,8 @@ use pando::block::delta::open::{self, NewDelta};
 use pando::digest::{self, Digest, Origin};
 use pando::sys::socket::{self, SocketKind};
 use pando::units::{ByteCount, ClusterSize, is_whole_sectors};
-use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, Offer};
+use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, Offer, Part};
+use pando::vhost_user::counters;
 use pando::vhost_user::device::{SERIAL_BYTES, serial_from};
 
 use crate::args::{Options, Place, Volume};
@@ -73,8 +74,16 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
         (None, Volume::Delta { .. }) => None,
         (None, _) => Some(serial_of_place(options)),
     };
-    let offer = Offer { queues: options.queues, ring_size_max: options.ring_size_max, serial };
-    Ok((Attachment { base: base.map(|base| base.file), delta, endpoint, offer }, socket))
+    let attachment = Attachment {
+        part: Part { tag: String::new(), base: base.map(|base| base.file), delta, serial },
+        endpoint,
+        offer: Offer { queues: options.queues, ring_size_max: options.ring_size_max },
+        counters: counters::create().context("cannot make a page for the counters")?,
+        name: options.place.to_string(),
+        resumed: false,
+        kernel_from_vmm: false,
+    };
+    Ok((attachment, socket))
 }
 
 /// A serial number that stays the same over restarts and that no other disk of the machine has.
