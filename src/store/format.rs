@@ -19,6 +19,16 @@ pub enum Format {
     Qcow2,
 }
 
+impl Format {
+    /// All of them.
+    pub const ALL: [Format; 2] = [Format::Raw, Format::Qcow2];
+
+    /// The format that is called `name`, if one is.
+    pub fn named(name: &str) -> Option<Format> {
+        Format::ALL.into_iter().find(|format| format.to_string() == name)
+    }
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -4,6 +4,7 @@
 //! cache; the kernel is told to begin writing early, so that the sync at the end has little left to wait for. An image has
 //! its name only when all of it, permissions included, is durable.
 
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -12,7 +13,7 @@ use crate::sys::file;
 
 use super::incoming::{Incoming, Published, check_cancelled};
 use super::source::{self, Contents, Disk, Source};
-use super::{Format, Imported, Progress, Store, StoreError, sparse};
+use super::{Announcement, Format, Imported, Progress, Store, StoreError, sparse};
 
 /// How much is written to the page cache before the kernel is told to begin writing it to the disk.
 const WRITE_BEHIND_BYTES: u64 = 8 << 20;
@@ -22,12 +23,14 @@ const IMAGE_MODE: u32 = 0o444;
 impl Store {
     /// Imports an image. Blocks until it is durable; `progress` is told, from several threads, how far it has come.
     ///
-    /// After an error, or when `cancelled` became true, nothing is left of it.
+    /// `announce` is called once, just before the image appears under its name: an error of it is the import's. After an error, or when
+    /// `cancelled` became true, nothing is left of it.
     pub fn import(
         &self,
         source: Source,
         progress: &(dyn Fn(Progress) + Sync),
         cancelled: &AtomicBool,
+        announce: impl FnOnce(Announcement) -> io::Result<()>,
     ) -> Result<Imported, StoreError> {
         let disk = source.disk(self.bytes_max)?;
         let (bytes, format) = (disk.bytes(), disk.format());
@@ -50,6 +53,7 @@ impl Store {
         };
         drop(disk);
         incoming.sync(IMAGE_MODE, cancelled)?;
+        announce(Announcement { digest, bytes, format }).map_err(StoreError::io("name", &self.path(&digest)))?;
         self.name(incoming, digest, bytes, format)
     }
 

@@ -57,6 +57,16 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
+/// An image that is about to appear.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Announcement {
+    pub digest: Digest,
+    /// Bytes of the disk.
+    pub bytes: u64,
+    /// What it was imported from.
+    pub format: Format,
+}
+
 /// What was imported.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Imported {

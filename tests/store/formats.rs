@@ -95,7 +95,7 @@ fn a_spooled_qcow2_is_converted() {
     let mut spool = site.store.spool().unwrap();
     spool.write(&std::fs::read(path).unwrap()).unwrap();
     let source = pando::store::Source::spooled(spool.finish().unwrap(), "upload");
-    let imported = site.store.import(source, &|_| (), &std::sync::atomic::AtomicBool::new(false)).unwrap();
+    let imported = site.store.import(source, &|_| (), &std::sync::atomic::AtomicBool::new(false), |_| Ok(())).unwrap();
     assert_eq!((imported.digest, imported.format), (digest_of(&disk), Format::Qcow2));
     site.holds(&[imported.digest]);
 }

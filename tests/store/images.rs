@@ -20,7 +20,8 @@ fn a_raw_image_is_there_once_and_read_only() {
     let path = site.write("disk.raw", &disk);
     let seen = Mutex::new(Vec::new());
     let source = Source::file(File::open(&path).unwrap(), "disk.raw");
-    let imported = site.store.import(source, &|progress| seen.lock().unwrap().push(progress), &NEVER).unwrap();
+    let imported =
+        site.store.import(source, &|progress| seen.lock().unwrap().push(progress), &NEVER, |_| Ok(())).unwrap();
     assert_eq!(imported.digest, digest_of(&disk));
     assert_eq!((imported.bytes, imported.format, imported.was_there), (disk.len() as u64, Format::Raw, false));
     let total_bytes = disk.len() as u64;
@@ -79,7 +80,7 @@ fn a_spooled_image_is_the_file_that_it_was_spooled_to() {
     }
     site.holds(&[]);
     let source = Source::spooled(spool.finish().unwrap(), "standard input");
-    let imported = site.store.import(source, &|_| (), &NEVER).unwrap();
+    let imported = site.store.import(source, &|_| (), &NEVER, |_| Ok(())).unwrap();
     assert_eq!(imported.digest, digest_of(&disk));
     assert!(!imported.was_there);
     site.holds(&[imported.digest]);
@@ -89,7 +90,7 @@ fn a_spooled_image_is_the_file_that_it_was_spooled_to() {
     let mut spool = site.store.spool().unwrap();
     spool.write(&disk).unwrap();
     let source = Source::spooled(spool.finish().unwrap(), "standard input");
-    assert!(site.store.import(source, &|_| (), &NEVER).unwrap().was_there);
+    assert!(site.store.import(source, &|_| (), &NEVER, |_| Ok(())).unwrap().was_there);
 
     site.store.spool().unwrap().write(&disk).unwrap();
     site.holds(&[imported.digest]);
@@ -131,7 +132,7 @@ fn a_source_that_changes_meanwhile_is_noticed() {
         file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     };
     let source = Source::file(File::open(&path).unwrap(), "disk.raw");
-    let error = site.store.import(source, &change, &NEVER).unwrap_err();
+    let error = site.store.import(source, &change, &NEVER, |_| Ok(())).unwrap_err();
     // Where the file system shares blocks, it is a copy from the first moment on, and nothing can change.
     assert!(matches!(error, StoreError::Changed { .. }), "{error}");
     site.holds(&[]);
@@ -148,9 +149,9 @@ fn cancelled_work_leaves_nothing() {
         }
     };
     let source = || Source::file(File::open(&path).unwrap(), "disk.raw");
-    assert!(matches!(site.store.import(source(), &cancel, &cancelled), Err(StoreError::Cancelled)));
+    assert!(matches!(site.store.import(source(), &cancel, &cancelled, |_| Ok(())), Err(StoreError::Cancelled)));
     site.holds(&[]);
-    let imported = site.store.import(source(), &|_| (), &NEVER).unwrap();
+    let imported = site.store.import(source(), &|_| (), &NEVER, |_| Ok(())).unwrap();
     let always = AtomicBool::new(true);
     assert!(matches!(site.store.verify(&imported.digest, &|_| (), &always), Err(StoreError::Cancelled)));
     let target = site.path("exported.raw");

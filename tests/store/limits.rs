@@ -53,7 +53,7 @@ fn overfill(room: &Path) {
     let imported = import(&store, &small, None).unwrap();
     store.verify(&imported.digest, &|_| (), &AtomicBool::new(false)).unwrap();
     let source = Source::file(store.open_image(&imported.digest, None).unwrap(), "itself");
-    assert!(store.import(source, &|_| (), &AtomicBool::new(false)).unwrap().was_there);
+    assert!(store.import(source, &|_| (), &AtomicBool::new(false), |_| Ok(())).unwrap().was_there);
 }
 
 #[test]

@@ -59,7 +59,7 @@ impl Site {
 
 fn import(store: &Store, path: &Path, format: Option<Format>) -> Result<Imported, StoreError> {
     let source = Source::file(File::open(path).unwrap(), path.display().to_string()).with_format(format);
-    store.import(source, &|_| (), &AtomicBool::new(false))
+    store.import(source, &|_| (), &AtomicBool::new(false), |_| Ok(()))
 }
 
 fn digest_of(bytes: &[u8]) -> Digest {
