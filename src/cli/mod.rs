@@ -3,6 +3,7 @@
 //! A struct with `clap` attributes holds what the user typed; what it means is a plain struct of the layer that is called. Results
 //! go to standard output, as text or as JSON; everything else goes to standard error. Knows nothing of what the calls do.
 
+mod daemon;
 mod delta;
 mod image;
 mod output;
@@ -28,6 +29,7 @@ struct Cli {
 enum Command {
     /// Serve one volume to one virtual machine over vhost-user-blk (executes pando-blk)
     Serve(serve::Serve),
+    Daemon(daemon::Daemon),
     /// Create, look at, check and repair deltas: a VM's private file over a shared image
     #[command(subcommand)]
     Delta(delta::Delta),
@@ -71,9 +73,10 @@ impl From<Outcome> for ExitCode {
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Option<ExitCode>> {
     // What the layers below have to say is for people, and looks like everything else that the program says.
     env_logger::Builder::new()
-        .filter_level(log::LevelFilter::Warn)
+        .filter_level(log::LevelFilter::Trace)
         .format(|to, record| writeln!(to, "pando: {}", record.args()))
         .init();
+    log::set_max_level(log::LevelFilter::Warn);
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
@@ -84,6 +87,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Opti
     };
     let outcome = match cli.command {
         Command::Serve(serve) => return serve.run().map(|never| match never {}),
+        Command::Daemon(daemon) => daemon.run(),
         Command::Delta(delta) => delta.run(),
         Command::Image(image) => image.run(),
     }?;

@@ -22,7 +22,7 @@ const BACKEND: &str = "pando-blk";
 impl Serve {
     /// Becomes the backend: returns only when that cannot be done.
     pub fn run(self) -> anyhow::Result<Infallible> {
-        let backend = beside_this_program().unwrap_or_else(|| PathBuf::from(BACKEND));
+        let backend = backend_program();
         let error = Command::new(&backend).args(&self.arguments).exec();
         Err(anyhow!(error).context(format!(
             "cannot execute {}, the backend: expected it beside this program or in PATH",
@@ -31,7 +31,8 @@ impl Serve {
     }
 }
 
-fn beside_this_program() -> Option<PathBuf> {
-    let backend = std::env::current_exe().ok()?.with_file_name(BACKEND);
-    backend.is_file().then_some(backend)
+/// The backend's program: beside this one, or else wherever PATH has it.
+pub fn backend_program() -> PathBuf {
+    let beside = std::env::current_exe().map(|this| this.with_file_name(BACKEND));
+    beside.ok().filter(|backend| backend.is_file()).unwrap_or_else(|| PathBuf::from(BACKEND))
 }

@@ -1,0 +1,45 @@
+//! `pando daemon`: runs the daemon of this host.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+
+use crate::daemon::{self, Options, Places};
+
+use super::Outcome;
+use super::serve::backend_program;
+
+/// Run the daemon of this host: images, channels, volumes, and the backends that serve them
+///
+/// Answers the API on the socket api.sock in the run directory until SIGTERM or SIGINT. Backends go on without it, and the
+/// next daemon finds them again: stopping, killing or upgrading it leaves running VMs untouched.
+#[derive(clap::Args)]
+pub struct Daemon {
+    /// Where the database, the images and the deltas are
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/pando")]
+    state_dir: PathBuf,
+    /// Where the sockets are
+    #[arg(long, value_name = "DIR", default_value = "/run/pando")]
+    run_dir: PathBuf,
+    /// Serve metrics on this TCP address too, to everyone who can reach it, such as 127.0.0.1:9187
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_listen: Option<SocketAddr>,
+    /// How much to log: error, warn, info, debug
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log: log::LevelFilter,
+}
+
+impl Daemon {
+    pub fn run(self) -> anyhow::Result<Outcome> {
+        log::set_max_level(self.log);
+        let absolute =
+            |path: PathBuf| std::path::absolute(&path).with_context(|| format!("{} is no path", path.display()));
+        daemon::run(Options {
+            places: Places { state: absolute(self.state_dir)?, run: absolute(self.run_dir)? },
+            backend: backend_program(),
+            metrics_address: self.metrics_listen,
+        })?;
+        Ok(Outcome::Done)
+    }
+}

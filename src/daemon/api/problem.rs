@@ -1,0 +1,57 @@
+//! [`Failure`]: what went wrong, as an RFC 9457 problem document.
+
+use axum::Json;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+use crate::daemon::error::{Error, chain};
+use crate::store::StoreError;
+
+use super::types::Problem;
+
+/// A request that was not answered with what was asked for.
+#[derive(Debug)]
+pub struct Failure(pub Problem);
+
+impl Failure {
+    /// A problem of a kind, with an explanation.
+    pub fn new(status: StatusCode, kind: &'static str, detail: impl Into<String>) -> Failure {
+        Failure(Problem {
+            kind: format!("about:blank#{kind}"),
+            title: kind.replace('-', " "),
+            status: status.as_u16(),
+            detail: detail.into(),
+        })
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        let (status, kind) = match &error {
+            Error::NotFound { .. } | Error::Store(StoreError::Absent { .. }) => (StatusCode::NOT_FOUND, "not-found"),
+            Error::Ambiguous { .. } => (StatusCode::CONFLICT, "ambiguous"),
+            Error::Name { .. } | Error::Invalid { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "invalid"),
+            Error::Denied { .. } | Error::NotAdmin { .. } => (StatusCode::FORBIDDEN, "denied"),
+            Error::Exists { .. } => (StatusCode::CONFLICT, "exists"),
+            Error::InUse { .. } => (StatusCode::CONFLICT, "in-use"),
+            Error::State { .. } => (StatusCode::CONFLICT, "wrong-state"),
+            Error::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "busy"),
+            Error::Store(StoreError::Full { .. }) => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),
+            Error::Delta(_) => (StatusCode::CONFLICT, "delta"),
+            Error::Store(_) | Error::Backend(_) | Error::Catalog(_) | Error::Io { .. } => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "failed")
+            }
+        };
+        if status.is_server_error() {
+            log::error!("{}", chain(&error));
+        }
+        Failure::new(status, kind, chain(&error))
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, [(header::CONTENT_TYPE, "application/problem+json")], Json(self.0)).into_response()
+    }
+}

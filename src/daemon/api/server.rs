@@ -1,0 +1,145 @@
+//! The listener: connections, who is at their other end, and how many there may be.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use axum::response::IntoResponse;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tower_service::Service;
+
+use crate::daemon::Host;
+use crate::daemon::access::Caller;
+use crate::sys::socket;
+
+use super::problem::Failure;
+
+/// Connections of one user at once, and of all whom nothing is known of.
+const CONNECTIONS_PER_USER_MAX: usize = 128;
+/// How long a client may take over a request's head, and leave a connection idle.
+const HEAD_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The connections of each user.
+#[derive(Clone, Default)]
+struct Connections(Arc<Mutex<HashMap<u32, usize>>>);
+
+/// One of them, for as long as it lasts.
+struct Connection {
+    connections: Connections,
+    uid: u32,
+}
+
+impl Connections {
+    fn enter(&self, uid: u32) -> Option<Connection> {
+        let mut counts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let count = counts.entry(uid).or_default();
+        if *count >= CONNECTIONS_PER_USER_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Connection { connections: self.clone(), uid })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let mut counts = self.connections.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// Answers the requests that come to a unix socket, each with its caller, until `end`.
+pub async fn serve_unix(listener: UnixListener, host: Arc<Host>, end: impl Future<Output = ()>) {
+    let router = super::router(Arc::clone(&host));
+    let connections = Connections::default();
+    let mut end = std::pin::pin!(end);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut end => return,
+            accepted = listener.accept() => accepted,
+        };
+        let Ok((stream, _)) = accepted else {
+            // No descriptors left, most likely: some are given back soon.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let peer = match socket::peer(&stream) {
+            Ok(peer) => peer,
+            Err(error) => {
+                log::warn!("a client of the API is unknown: {error}");
+                continue;
+            }
+        };
+        let caller = Caller { uid: peer.uid, gids: peer.gids, process: peer.process };
+        let entered = connections.enter(caller.uid);
+        if entered.is_none() {
+            host.connections_refused.fetch_add(1, Ordering::Relaxed);
+        }
+        tokio::spawn(serve_connection(stream, router.clone(), Some(caller), entered));
+    }
+}
+
+/// Answers the requests that come to a TCP port, whose callers nobody knows.
+pub async fn serve_tcp(listener: TcpListener, router: Router) {
+    let connections = Connections::default();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::spawn(serve_connection(stream, router.clone(), None, connections.enter(u32::MAX)));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    caller: Option<Caller>,
+    entered: Option<Connection>,
+) {
+    let is_full = entered.is_none();
+    let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+        let mut router = router.clone();
+        let caller = caller.clone();
+        async move {
+            if is_full {
+                let detail = format!("this user has {CONNECTIONS_PER_USER_MAX} connections already: close some");
+                let busy = Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", detail);
+                return Ok::<_, Infallible>(busy.into_response());
+            }
+            let mut request = request.map(Body::new);
+            if let Some(caller) = caller {
+                request.extensions_mut().insert(caller);
+            }
+            router.call(request).await
+        }
+    });
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE).max_buf_size(64 << 10).keep_alive(!is_full);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    // One that there is no room for is told so if it asks at once, and is not kept.
+    let result = if is_full {
+        tokio::time::timeout(Duration::from_millis(200), connection).await.unwrap_or(Ok(()))
+    } else {
+        connection.await
+    };
+    if let Err(error) = result {
+        log::debug!("a connection of the API ended: {error}");
+    }
+    drop(entered);
+}

@@ -1,0 +1,130 @@
+//! [`Link`]: the daemon's connection to one keeper. Orders go one at a time and wait for their replies; events come by themselves.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+
+use crate::sys::socket::PacketSocket;
+use crate::sys::watch::watch;
+use crate::vhost_user::control::{Command, Event, Reply, Said};
+use crate::vhost_user::conversation::{Conversation, ConversationError, Descriptors};
+
+use super::BackendError;
+
+/// A connection to a keeper.
+pub struct Link {
+    conversation: Arc<Conversation>,
+    /// Replies, and with them whoever waits for one.
+    replies: Mutex<Receiver<(Reply, Descriptors)>>,
+    listening: AbortHandle,
+    ended: Arc<AtomicBool>,
+    /// The keeper.
+    process: Option<Pid>,
+}
+
+impl Link {
+    /// Takes a connection over. `said` is told of events, and, with `None`, of the end.
+    pub fn new(
+        socket: PacketSocket,
+        process: Option<u32>,
+        runtime: &Handle,
+        said: impl Fn(Option<Event>) + Send + Sync + 'static,
+    ) -> io::Result<Arc<Link>> {
+        socket.set_nonblocking(true)?;
+        let conversation = Arc::new(Conversation::over(socket, "backend"));
+        let process = process.and_then(|number| Pid::from_raw(number.cast_signed()));
+        let _entered = runtime.enter();
+        let watched = watch(conversation.as_fd())?;
+        let (replies, receiver) = channel();
+        let (heard, ended) = (Arc::clone(&conversation), Arc::new(AtomicBool::new(false)));
+        let end = Arc::clone(&ended);
+        let listening = runtime.spawn(async move {
+            listen(&watched, &heard, &replies, &said).await;
+            end.store(true, Ordering::Release);
+            drop(replies);
+            said(None);
+        });
+        let listening = listening.abort_handle();
+        Ok(Arc::new(Link { conversation, replies: Mutex::new(receiver), listening, ended, process }))
+    }
+
+    /// Gives an order and waits for the reply to it.
+    pub fn ask(
+        &self,
+        command: &Command,
+        descriptors: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Result<(Reply, Descriptors), BackendError> {
+        let silent = |reason: String| BackendError::Silent { reason };
+        let replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
+        // What came too late for the last one who asked is nobody's.
+        while replies.try_recv().is_ok() {}
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.conversation.send(command, descriptors) {
+                Ok(()) => break,
+                Err(error) if error.would_block() && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(silent(error.to_string())),
+            }
+        }
+        match replies.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok((Reply::Failed(reason), _)) => Err(BackendError::Refused { reason }),
+            Ok(reply) => Ok(reply),
+            Err(RecvTimeoutError::Timeout) => Err(silent(format!("no reply within {} s", patience.as_secs()))),
+            Err(RecvTimeoutError::Disconnected) => Err(silent("it has ended".to_owned())),
+        }
+    }
+}
+
+impl Link {
+    /// Whether the connection has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Kills the keeper, and its worker with it. What it has completed is not lost.
+    pub fn kill(&self) {
+        if let Some(process) = self.process.filter(|_| !self.has_ended()) {
+            // Its connection is open, so the number is still its own.
+            let _ = kill_process(process, Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.listening.abort();
+    }
+}
+
+async fn listen(
+    watched: &AsyncFd<OwnedFd>,
+    conversation: &Conversation,
+    replies: &Sender<(Reply, Descriptors)>,
+    said: &(impl Fn(Option<Event>) + Sync),
+) {
+    loop {
+        let Ok(mut ready) = watched.readable().await else { return };
+        // Until nothing is left, so that the next wake-up is for something new.
+        match conversation.receive::<Said>() {
+            Ok((Said::Reply(reply), descriptors)) => _ = replies.send((reply, descriptors)),
+            Ok((Said::Event(event), _)) => said(Some(event)),
+            Err(error) if error.would_block() => ready.clear_ready(),
+            Err(ConversationError::Gone(_)) => return,
+            Err(error) => {
+                log::error!("a backend says what cannot be understood: {error}");
+                return;
+            }
+        }
+    }
+}
