@@ -6,6 +6,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::digest::{self, Digest};
 use crate::sys::file;
@@ -95,9 +96,12 @@ impl Pass<'_> {
         let file = incoming.file();
         let cannot = || StoreError::io("write to a file in", directory);
         file.set_len(self.bytes).map_err(cannot())?;
+        // The kernel lets one thread at a time write to a file, and the others spin until it is their turn: here they sleep.
+        let turn = Mutex::new(());
         let digest = digest::of_parts(self.bytes, &|offset, bytes| {
             check_cancelled(self.cancelled)?;
             if disk.read(offset, bytes)? {
+                let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
                 sparse::write(file, bytes, offset).map_err(cannot())?;
             }
             let end = offset + bytes.len() as u64;
