@@ -4,6 +4,7 @@
 //! cache; the kernel is told to begin writing early, so that the sync at the end has little left to wait for. An image has
 //! its name only when all of it, permissions included, is durable.
 
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -36,12 +37,13 @@ impl Store {
         let (incoming, digest) = match (source.contents, format) {
             // It is in a file of its own already, which only wants its name.
             (Contents::Spooled(spooled), Format::Raw) => {
-                let digest = pass.hash(&spooled.incoming)?;
+                let digest = pass.hash(&spooled.incoming, |_, _| Ok(()))?;
                 (spooled.incoming, digest)
             }
             (_, Format::Raw) => match pass.share(&disk, &self.images)? {
                 Some(incoming) => {
-                    let digest = pass.hash(&incoming)?;
+                    // Written zeros came along.
+                    let digest = pass.hash(&incoming, |bytes, offset| sparse::punch(incoming.file(), bytes, offset))?;
                     (incoming, digest)
                 }
                 None => pass.copy(&disk, &self.images)?,
@@ -98,7 +100,7 @@ impl Pass<'_> {
         file.set_len(self.bytes).map_err(cannot())?;
         // The kernel lets one thread at a time write to a file, and the others spin until it is their turn: here they sleep.
         let turn = Mutex::new(());
-        let digest = digest::of_parts(self.bytes, &|offset, bytes| {
+        let digest = digest::of_parts(self.bytes, |offset, bytes| {
             check_cancelled(self.cancelled)?;
             if disk.read(offset, bytes)? {
                 let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,12 +129,20 @@ impl Pass<'_> {
         Ok(Some(incoming))
     }
 
-    /// The digest of a file that is not copied.
-    fn hash(&self, incoming: &Incoming) -> Result<Digest, StoreError> {
-        digest::of_parts(self.bytes, &|offset, bytes| {
+    /// The digest of a file that is not copied; `with_data` sees what is not in holes, and where.
+    fn hash(
+        &self,
+        incoming: &Incoming,
+        with_data: impl Fn(&[u8], u64) -> io::Result<()> + Sync,
+    ) -> Result<Digest, StoreError> {
+        let directory = incoming.directory();
+        digest::of_parts(self.bytes, |offset, bytes| {
             check_cancelled(self.cancelled)?;
-            source::read_sparse(incoming.file(), offset, bytes)
-                .map_err(StoreError::io("read a file in", incoming.directory()))?;
+            if source::read_sparse(incoming.file(), offset, bytes)
+                .map_err(StoreError::io("read a file in", directory))?
+            {
+                with_data(bytes, offset).map_err(StoreError::io("write to a file in", directory))?;
+            }
             self.advance(bytes);
             Ok(())
         })

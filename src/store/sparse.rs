@@ -1,6 +1,6 @@
-//! Writing without the zeros: whole blocks of nothing but zeros become holes.
+//! Files without the zeros: whole blocks of nothing but zeros become holes.
 //!
-//! Knows a new file, which reads as zeros wherever nothing was written.
+//! Knows a file, and the bytes that it has or is to have; not where those come from.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +22,23 @@ pub(super) fn write(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
             file::write_at(file, &[Readable::from_slice(&bytes[at..at + len])], offset + at as u64)?;
         }
         at += len;
+    }
+    Ok(())
+}
+
+/// A hole of less than this would cost more, as one more thing that the file system keeps in mind, than it gives back.
+const HOLE_BYTES_MIN: usize = 64 << 10;
+
+/// Gives back the space of longer runs of zeros in `bytes`, which are what the file has at `offset`, a multiple of a block.
+pub(super) fn punch(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let mut at = 0;
+    while at < bytes.len() {
+        let len = run(&bytes[at..], is_zero);
+        if len >= HOLE_BYTES_MIN {
+            file::punch_hole(file, offset + at as u64, len as u64)?;
+        }
+        at += len;
+        at += run(&bytes[at..], |block| !is_zero(block));
     }
     Ok(())
 }

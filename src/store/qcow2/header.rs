@@ -151,7 +151,7 @@ impl Header {
     }
 
     pub(super) fn check_aligned(&self, what: &'static str, at: u64) -> Result<(), Fault> {
-        if at % self.cluster_bytes() == 0 { Ok(()) } else { Err(Fault::Unaligned { what, offset: at }) }
+        if at.is_multiple_of(self.cluster_bytes()) { Ok(()) } else { Err(Fault::Unaligned { what, offset: at }) }
     }
 }
 
