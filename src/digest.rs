@@ -163,7 +163,7 @@ const PART_BYTES: u64 = 1 << 20;
 
 /// BLAKE3 of the first `size` bytes, on all processors.
 fn compute(image: &File, size: u64, progress: &(dyn Fn(u64) + Sync)) -> io::Result<Digest> {
-    of_parts(size, &|offset, bytes| {
+    of_parts(size, |offset, bytes| {
         file::read_at(image, Writable::from_mut_slice(bytes), offset)?;
         progress(bytes.len() as u64);
         Ok(())
@@ -175,7 +175,7 @@ fn compute(image: &File, size: u64, progress: &(dyn Fn(u64) + Sync)) -> io::Resu
 /// `part` is called from several threads, once for each part, in no definite order but roughly from the first to the last.
 /// It fills the buffer with the bytes at the offset, and may do more with them: what it does is done in the same pass.
 /// After an error no further parts are begun.
-pub fn of_parts<E: Send>(size: u64, part: &(dyn Fn(u64, &mut [u8]) -> Result<(), E> + Sync)) -> Result<Digest, E> {
+pub fn of_parts<E: Send>(size: u64, part: impl Fn(u64, &mut [u8]) -> Result<(), E> + Sync) -> Result<Digest, E> {
     if size <= PART_BYTES {
         let mut bytes = vec![0; size as usize];
         part(0, &mut bytes)?;

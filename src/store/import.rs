@@ -7,6 +7,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::digest::{self, Digest};
 use crate::sys::file;
@@ -38,12 +39,13 @@ impl Store {
         let (incoming, digest) = match (source.contents, format) {
             // It is in a file of its own already, which only wants its name.
             (Contents::Spooled(spooled), Format::Raw) => {
-                let digest = pass.hash(&spooled.incoming)?;
+                let digest = pass.hash(&spooled.incoming, |_, _| Ok(()))?;
                 (spooled.incoming, digest)
             }
             (_, Format::Raw) => match pass.share(&disk, &self.images)? {
                 Some(incoming) => {
-                    let digest = pass.hash(&incoming)?;
+                    // Written zeros came along.
+                    let digest = pass.hash(&incoming, |bytes, offset| sparse::punch(incoming.file(), bytes, offset))?;
                     (incoming, digest)
                 }
                 None => pass.copy(&disk, &self.images)?,
@@ -99,9 +101,12 @@ impl Pass<'_> {
         let file = incoming.file();
         let cannot = || StoreError::io("write to a file in", directory);
         file.set_len(self.bytes).map_err(cannot())?;
-        let digest = digest::of_parts(self.bytes, &|offset, bytes| {
+        // The kernel lets one thread at a time write to a file, and the others spin until it is their turn: here they sleep.
+        let turn = Mutex::new(());
+        let digest = digest::of_parts(self.bytes, |offset, bytes| {
             check_cancelled(self.cancelled)?;
             if disk.read(offset, bytes)? {
+                let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
                 sparse::write(file, bytes, offset).map_err(cannot())?;
             }
             let end = offset + bytes.len() as u64;
@@ -127,12 +132,20 @@ impl Pass<'_> {
         Ok(Some(incoming))
     }
 
-    /// The digest of a file that is not copied.
-    fn hash(&self, incoming: &Incoming) -> Result<Digest, StoreError> {
-        digest::of_parts(self.bytes, &|offset, bytes| {
+    /// The digest of a file that is not copied; `with_data` sees what is not in holes, and where.
+    fn hash(
+        &self,
+        incoming: &Incoming,
+        with_data: impl Fn(&[u8], u64) -> io::Result<()> + Sync,
+    ) -> Result<Digest, StoreError> {
+        let directory = incoming.directory();
+        digest::of_parts(self.bytes, |offset, bytes| {
             check_cancelled(self.cancelled)?;
-            source::read_sparse(incoming.file(), offset, bytes)
-                .map_err(StoreError::io("read a file in", incoming.directory()))?;
+            if source::read_sparse(incoming.file(), offset, bytes)
+                .map_err(StoreError::io("read a file in", directory))?
+            {
+                with_data(bytes, offset).map_err(StoreError::io("write to a file in", directory))?;
+            }
             self.advance(bytes);
             Ok(())
         })

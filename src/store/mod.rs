@@ -159,7 +159,7 @@ impl Store {
         let image = self.open_image(digest, None)?;
         let total_bytes = image.metadata().map_err(StoreError::io("look at", &path))?.len();
         let done = AtomicU64::new(0);
-        let found = digest::of_parts(total_bytes, &|offset, bytes| {
+        let found = digest::of_parts(total_bytes, |offset, bytes| {
             incoming::check_cancelled(cancelled)?;
             source::read_sparse(&image, offset, bytes).map_err(StoreError::io("read", &path))?;
             let done_bytes = done.fetch_add(bytes.len() as u64, Ordering::Relaxed) + bytes.len() as u64;

@@ -200,11 +200,6 @@ pub fn give_name(file: &File, path: &std::path::Path) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Opens the file of a descriptor anew, for reading only.
-pub fn reopen_read_only(file: &File) -> io::Result<File> {
-    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
 /// `struct fsverity_enable_arg` of linux/fsverity.h.
 #[repr(C)]
 struct VerityArgument {
@@ -223,6 +218,7 @@ const _: () = assert!(size_of::<VerityArgument>() == 128);
 
 /// `FS_IOC_ENABLE_VERITY`: `_IOW('f', 133, struct fsverity_enable_arg)`.
 const ENABLE_VERITY: libc::Ioctl = libc::_IOW::<VerityArgument>(b'f' as u32, 133);
+const _: () = assert!(ENABLE_VERITY == 0x4080_6685);
 const VERITY_SHA256: u32 = 1;
 const VERITY_BLOCK_BYTES: u32 = 4096;
 
@@ -310,6 +306,40 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let error = write_at(&file, &[Readable::from_slice(b"x")], u64::MAX).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    }
+
+    #[test]
+    fn a_file_without_a_name_gets_one_that_is_free() {
+        let directory = tempfile::tempdir().unwrap();
+        let Ok(file) = open_unnamed(directory.path()) else {
+            println!("skipped: the file system has no files without a name");
+            return;
+        };
+        write_at(&file, &[Readable::from_slice(b"root")], 0).unwrap();
+        let (path, taken) = (directory.path().join("name"), directory.path().join("taken"));
+        std::fs::write(&taken, b"trunk").unwrap();
+        assert_eq!(give_name(&file, &taken).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        give_name(&file, &path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"root");
+        assert_eq!(std::fs::read(&taken).unwrap(), b"trunk");
+        wait_written(&file, 0, 4).unwrap();
+    }
+
+    #[test]
+    fn verity_is_there_when_it_was_enabled() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        write_at(file.as_file(), &[Readable::from_slice(b"root")], 0).unwrap();
+        assert!(!has_verity(file.as_file()));
+        let path = file.into_temp_path();
+        let file = File::open(&path).unwrap();
+        match enable_verity(&file) {
+            Ok(()) => assert!(has_verity(&file)),
+            Err(error) => {
+                println!("skipped: no fs-verity here: {error}");
+                let known = [libc::ENOTTY, libc::EOPNOTSUPP];
+                assert!(known.contains(&error.raw_os_error().unwrap()), "{error}");
+            }
+        }
     }
 
     #[test]
