@@ -23,7 +23,7 @@ fuzz_target!(|data: &[u8]| {
     let root = Root::create();
     let store = Store::open(&root.0).unwrap().with_bytes_max(DISK_BYTES_MAX);
     let never = AtomicBool::new(false);
-    if let Ok(imported) = store.import(Source::file(source, "fuzz"), &|_| (), &never) {
+    if let Ok(imported) = store.import(Source::file(source, "fuzz"), &|_| (), &never, |_| Ok(())) {
         assert!(imported.bytes <= DISK_BYTES_MAX && imported.bytes.is_multiple_of(512) && imported.bytes > 0);
         store.open_image(&imported.digest, Some(imported.bytes)).unwrap();
         store.verify(&imported.digest, &|_| (), &never).unwrap();
