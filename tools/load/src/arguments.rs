@@ -22,6 +22,8 @@ pub enum Task {
     Verify(VerifyOptions),
     /// Compare backends on all workloads, several times in turn, and print the medians.
     Suite(SuiteOptions),
+    /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
+    Host(HostOptions),
     /// Serve a raw file as a backend on the vhost-user-backend crate, to compare with.
     #[command(hide = true)]
     ReferenceBackend(ReferenceOptions),
@@ -162,6 +164,31 @@ impl SuiteOptions {
     pub fn seconds(&self) -> f64 {
         self.seconds.unwrap_or(if self.quick { 0.5 } else { 2.0 })
     }
+}
+
+#[derive(Debug, Args)]
+pub struct HostOptions {
+    /// Directory for this run's files, removed at its end. It should not be in memory.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    /// The program whose daemon is measured; `pando-blk` lies beside it.
+    #[arg(long, default_value = "pando")]
+    pub pando: PathBuf,
+    /// Times that an image is imported and copied.
+    #[arg(long, default_value_t = 5)]
+    pub rounds: usize,
+    /// Size of that image.
+    #[arg(long, value_parser = parse_bytes, default_value = "2g")]
+    pub image: u64,
+    /// Times that a volume is attached, by the API and by the command line.
+    #[arg(long, default_value_t = 20)]
+    pub attaches: usize,
+    /// Volumes that are attached at once.
+    #[arg(long, default_value_t = 100)]
+    pub attachments: usize,
+    /// Seconds that the daemon is watched at rest.
+    #[arg(long, default_value_t = 10.0)]
+    pub idle_seconds: f64,
 }
 
 #[derive(Debug, Args)]

@@ -2,13 +2,15 @@
 //!
 //! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
 //! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
-//! asked for. `suite` compares backends, `process` weighs them. It knows no backend's inside.
+//! asked for. `suite` compares backends, `process` weighs them; `host` measures the daemon of a host by its API. It knows the
+//! inside of none.
 
 mod arguments;
 mod content;
 mod device;
 mod drive;
 mod histogram;
+mod host;
 mod permutation;
 mod process;
 mod reference;
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         Task::Run(options) => run::run(&options),
         Task::Verify(options) => run::verify(&options),
         Task::Suite(options) => suite::run(&options),
+        Task::Host(options) => host::run(&options),
         Task::ReferenceBackend(options) => {
             reference::serve(&options.file, &options.socket_path, options.queues, !options.read_only)
         }

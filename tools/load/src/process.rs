@@ -1,7 +1,7 @@
 //! A backend as processes: started, timed, weighed and ended.
 //!
 //! A backend may be several processes; every figure is a sum over the one that was started and all
-//! that descend from it. Knows nothing of what a backend serves.
+//! that descend from it ([`tree`]). Knows nothing of what a backend serves.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -36,6 +36,8 @@ pub struct Weight {
     pub processes: u64,
     pub threads: u64,
     pub descriptors: u64,
+    /// Memory that is mapped and there, whoever else maps it.
+    pub resident_kib: u64,
     /// Resident memory that no other process maps.
     pub private_kib: u64,
     /// The part of it that is not a file's: what would remain if the page cache were dropped.
@@ -87,37 +89,16 @@ impl Backend {
 
     /// CPU time used so far by all its processes.
     pub fn cpu_ns(&self) -> Result<u64> {
-        let clocks = self.pids().into_iter().map(sys::process_cpu_ns);
-        clocks.sum::<std::io::Result<u64>>().context("CPU time of the backend")
+        cpu_ns(&tree(self.child.id()))
     }
 
     pub fn weight(&self) -> Result<Weight> {
-        let mut sum = Weight::default();
-        for pid in self.pids() {
-            let rollup = Fields::read(pid, "smaps_rollup")?;
-            let status = Fields::read(pid, "status")?;
-            sum.processes += 1;
-            sum.threads += status.number("Threads");
-            sum.descriptors += fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64;
-            sum.private_kib += rollup.number("Private_Clean") + rollup.number("Private_Dirty");
-            sum.anonymous_kib += rollup.number("Anonymous");
-            sum.page_tables_kib += status.number("VmPTE");
-        }
-        Ok(sum)
+        weight(&tree(self.child.id()))
     }
 
     /// How often any of its threads has gone to sleep or been preempted so far.
     pub fn switches(&self) -> Result<u64> {
-        let mut sum = 0;
-        for pid in self.pids() {
-            for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-                let task = task?.file_name();
-                let status = Fields::read(pid, &format!("task/{}/status", task.display()))?;
-                sum += status.number("voluntary_ctxt_switches");
-                sum += status.number("nonvoluntary_ctxt_switches");
-            }
-        }
-        Ok(sum)
+        switches(&tree(self.child.id()))
     }
 
     /// Ends the backend with SIGTERM, and waits for it.
@@ -132,17 +113,6 @@ impl Backend {
         }
         Ok(())
     }
-
-    /// The process that was started and its descendants.
-    fn pids(&self) -> Vec<u32> {
-        let mut pids = vec![self.child.id()];
-        let mut at = 0;
-        while let Some(pid) = pids.get(at) {
-            pids.extend(children(*pid));
-            at += 1;
-        }
-        pids
-    }
 }
 
 impl Drop for Backend {
@@ -151,6 +121,54 @@ impl Drop for Backend {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A process and its descendants.
+pub fn tree(root: u32) -> Vec<u32> {
+    let mut pids = vec![root];
+    let mut at = 0;
+    while let Some(pid) = pids.get(at) {
+        pids.extend(children(*pid));
+        at += 1;
+    }
+    pids
+}
+
+/// CPU time used so far by these processes.
+pub fn cpu_ns(pids: &[u32]) -> Result<u64> {
+    let clocks = pids.iter().map(|pid| sys::process_cpu_ns(*pid));
+    clocks.sum::<std::io::Result<u64>>().context("CPU time of a process")
+}
+
+/// What these processes hold.
+pub fn weight(pids: &[u32]) -> Result<Weight> {
+    let mut sum = Weight::default();
+    for &pid in pids {
+        let rollup = Fields::read(pid, "smaps_rollup")?;
+        let status = Fields::read(pid, "status")?;
+        sum.processes += 1;
+        sum.threads += status.number("Threads");
+        sum.descriptors += fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64;
+        sum.resident_kib += rollup.number("Rss");
+        sum.private_kib += rollup.number("Private_Clean") + rollup.number("Private_Dirty");
+        sum.anonymous_kib += rollup.number("Anonymous");
+        sum.page_tables_kib += status.number("VmPTE");
+    }
+    Ok(sum)
+}
+
+/// How often any of these processes' threads has gone to sleep or been preempted so far.
+pub fn switches(pids: &[u32]) -> Result<u64> {
+    let mut sum = 0;
+    for &pid in pids {
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let task = task?.file_name();
+            let status = Fields::read(pid, &format!("task/{}/status", task.display()))?;
+            sum += status.number("voluntary_ctxt_switches");
+            sum += status.number("nonvoluntary_ctxt_switches");
+        }
+    }
+    Ok(sum)
 }
 
 /// The children of all of a process's threads.
@@ -196,7 +214,7 @@ mod tests {
         assert_eq!((weight.processes, weight.threads), (2, 2));
         assert!(weight.private_kib > 0 && weight.descriptors >= 6, "{weight:?}");
         assert!(backend.cpu_ns().unwrap() > 1_000_000);
-        let children = backend.pids();
+        let children = tree(backend.child.id());
         backend.stop().unwrap();
         sys::terminate(children[1]).unwrap();
     }

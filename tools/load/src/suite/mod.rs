@@ -6,13 +6,13 @@
 
 mod contestants;
 mod limit;
-mod machine;
+pub mod machine;
 mod markdown;
-mod record;
+pub mod record;
 mod rows;
 mod site;
 mod standing;
-mod text;
+pub mod text;
 
 use std::fs::File;
 use std::io::Write;
@@ -233,7 +233,7 @@ fn wanted(patterns: &[String], name: &str) -> bool {
 }
 
 /// Says on one line of a terminal what is being done; an empty text clears it.
-fn progress(text: &str) {
+pub fn progress(text: &str) {
     use std::io::IsTerminal;
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[K{text}");
