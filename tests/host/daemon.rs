@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,8 +20,23 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A daemon, its state and its sockets. All of it goes with the test.
 pub struct Daemon {
-    directory: TempDir,
+    site: Site,
     process: Option<Child>,
+    _directory: TempDir,
+}
+
+/// Where a daemon is, which can be asked whether it runs or not.
+#[derive(Clone)]
+pub struct Site {
+    directory: PathBuf,
+}
+
+impl Deref for Daemon {
+    type Target = Site;
+
+    fn deref(&self) -> &Site {
+        &self.site
+    }
 }
 
 /// What the API answered.
@@ -53,7 +69,9 @@ impl Answer {
 impl Daemon {
     /// Starts a daemon with nothing in it.
     pub fn new() -> Daemon {
-        let mut daemon = Daemon { directory: tempfile::tempdir().expect("a temporary directory"), process: None };
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let site = Site { directory: directory.path().to_owned() };
+        let mut daemon = Daemon { site, process: None, _directory: directory };
         daemon.start();
         daemon
     }
@@ -102,9 +120,16 @@ impl Daemon {
         self.process.as_ref().expect("it runs").id()
     }
 
+    /// Where it is.
+    pub fn site(&self) -> Site {
+        self.site.clone()
+    }
+}
+
+impl Site {
     /// A path in the test's own directory.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        self.directory.join(name)
     }
 
     /// The API's socket.
@@ -123,7 +148,7 @@ impl Daemon {
         self.try_ask(method, path, body).unwrap_or_else(|| panic!("{method} {path} was not answered: {}", self.log()))
     }
 
-    /// As [`Daemon::ask`], of a daemon that may be killed meanwhile.
+    /// As [`Site::ask`], of a daemon that may be killed meanwhile.
     pub fn try_ask(&self, method: &str, path: &str, body: Option<&Value>) -> Option<Answer> {
         let body = body.map(Value::to_string);
         let headers = if body.is_some() { "content-type: application/json\r\n" } else { "" };
