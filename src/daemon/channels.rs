@@ -148,6 +148,7 @@ impl Host {
                     facts.clear_placement_targets(&volume.name)?;
                     facts.supersede_targets(None, &volume.name)?;
                 }
+                facts.close_deployments()?;
                 call.done(facts, format!("image {image}"))?;
                 Ok::<_, Error>(followers)
             })?;

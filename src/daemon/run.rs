@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
@@ -133,13 +133,20 @@ async fn blocking<T: Send + 'static>(
     })?
 }
 
+/// How long to wait for the lock of a daemon that may be dead: what it was about to start has its files until that has begun.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// One daemon for a state directory.
 fn lock(places: &Places) -> Result<File, RunError> {
     let path = places.state.join("lock");
     let system = |source| RunError::System { action: "lock", what: path.display().to_string(), source };
     let lock = File::options().create(true).truncate(false).write(true).open(&path).map_err(system)?;
-    if !file::try_lock(&lock).map_err(system)? {
-        return Err(RunError::Locked { path: places.state.display().to_string() });
+    let begun = Instant::now();
+    while !file::try_lock(&lock).map_err(system)? {
+        if begun.elapsed() > LOCK_PATIENCE {
+            return Err(RunError::Locked { path: places.state.display().to_string() });
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
     Ok(lock)
 }

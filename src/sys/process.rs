@@ -135,3 +135,14 @@ pub fn boot_id() -> io::Result<[u8; 16]> {
 pub fn random_uuid() -> [u8; 16] {
     uuid::Uuid::new_v4().into_bytes()
 }
+
+/// Whether two descriptors, each of a process, are of the same opening of a file (`kcmp`).
+pub fn is_same_opening(one: (u32, i32), other: (u32, i32)) -> io::Result<bool> {
+    const KCMP_FILE: libc::c_int = 0;
+    // SAFETY: takes no pointers.
+    match unsafe { libc::syscall(libc::SYS_kcmp, one.0, other.0, KCMP_FILE, one.1, other.1) } {
+        0 => Ok(true),
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(false),
+    }
+}

@@ -1,16 +1,19 @@
 //! [`Client`]: a whole front end, with a guest and its driver, after the manners of a VMM: [`Profile`].
 
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use vhost::VhostBackend;
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use super::guest::Guest;
-use super::harness::{Backend, SECTOR};
+use super::harness::{Backend, PATIENCE, SECTOR};
 use super::queue::Queue;
 use super::ring::Ring;
 
@@ -152,7 +155,7 @@ impl Client {
 
     /// Says all that comes before memory and rings. The rings exist in memory, and the backend knows nothing of them.
     #[track_caller]
-    pub fn negotiate(stream: UnixStream, profile: &Profile, guest: Guest) -> Client {
+    pub fn negotiate(stream: UnixStream, profile: &Profile, guest: impl Into<Arc<Guest>>) -> Client {
         let mut front_end = Frontend::from_stream(stream, profile.queues as u64);
         let offered = front_end.get_features().expect("GET_FEATURES");
         let features = offered & profile.features;
@@ -169,7 +172,7 @@ impl Client {
             assert!(queues >= profile.queues as u64, "{queues} queues are offered");
         }
         front_end.set_features(features).expect("SET_FEATURES");
-        let guest = Arc::new(guest);
+        let guest = guest.into();
         let has_event_idx = features & EVENT_IDX != 0;
         let queue = |_| {
             let ring = Ring::new(&guest, profile.ring_size, has_event_idx, profile.start);
@@ -228,10 +231,76 @@ impl Client {
         self.front_end.get_vring_base(index).expect("GET_VRING_BASE") as u16
     }
 
+    /// Has another driver start from nothing on the same connection, as a guest's reset does. The rings have been stopped.
+    #[track_caller]
+    pub fn restart(&mut self, profile: &Profile) {
+        self.features = self.offered & profile.features;
+        self.front_end.set_features(self.features).expect("SET_FEATURES");
+        let has_event_idx = self.features & EVENT_IDX != 0;
+        for index in 0..self.queues.len() {
+            let ring = Ring::new(&self.guest, profile.ring_size, has_event_idx, 0);
+            self.queues[index] = Queue::new(ring, profile.depth, profile.request_bytes);
+            self.set_up(index, 0);
+        }
+        (0..self.queues.len()).for_each(|index| self.enable(index, true));
+        self.settle();
+    }
+
+    /// Loses the connection, and goes on over another with the driver where it was, as QEMU does.
+    #[track_caller]
+    pub fn reconnect(self, stream: UnixStream, profile: &Profile) -> Client {
+        let Client { front_end, guest, queues, .. } = self;
+        drop(front_end);
+        let mut client = Client::negotiate(stream, profile, guest);
+        client.queues = queues;
+        client.tell_memory();
+        for index in 0..client.queues.len() {
+            let base = client.queues[index].ring.next_used;
+            client.set_up(index, base);
+            client.enable(index, true);
+        }
+        client.settle();
+        client
+    }
+
+    /// Tells the backend where the front end takes messages, and listens there.
+    #[track_caller]
+    pub fn listen_on_channel(&mut self) -> Channel {
+        let (ours, theirs) = UnixStream::pair().expect("two ends");
+        self.front_end.set_backend_request_fd(&theirs).expect("SET_BACKEND_REQ_FD");
+        ours.set_read_timeout(Some(PATIENCE)).expect("a limit");
+        Channel { stream: ours }
+    }
+
+    /// How many sectors the disk has.
+    #[track_caller]
+    pub fn capacity(&mut self) -> u64 {
+        let flags = VhostUserConfigFlags::empty();
+        let (_, bytes) = self.front_end.get_config(0, 8, flags, &[0; 8]).expect("GET_CONFIG");
+        u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+    }
+
     /// Waits until the backend has seen all messages so far.
     #[track_caller]
     pub fn settle(&self) {
         self.front_end.get_features().expect("GET_FEATURES");
+    }
+}
+
+/// Where a front end takes the backend's messages.
+pub struct Channel {
+    stream: UnixStream,
+}
+
+impl Channel {
+    /// The number of the next message, which asks for no answer and has nothing behind its header.
+    #[track_caller]
+    pub fn next_request(&self) -> u32 {
+        let mut header = [0; 12];
+        (&self.stream).read_exact(&mut header).expect("a message");
+        let part = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
+        assert_eq!((part(4), part(8)), (1, 0), "version 1, no answer, no payload");
+        part(0)
     }
 }
 

@@ -4,10 +4,10 @@
 //! both sides map; a [`ring::Ring`] is a virtqueue from the driver's side; a [`queue::Queue`] puts disk requests on it; a
 //! [`client::Client`] is a whole front end; [`raw::RawFrontEnd`] sends what no front end should.
 
-mod client;
-mod guest;
-mod harness;
-mod queue;
+pub mod client;
+pub mod guest;
+pub mod harness;
+pub mod queue;
 mod raw;
 mod ring;
 mod target;

@@ -26,21 +26,19 @@ pub struct Link {
     replies: Mutex<Receiver<(Reply, Descriptors)>>,
     listening: AbortHandle,
     ended: Arc<AtomicBool>,
-    /// The keeper.
-    process: Option<Pid>,
+    /// The keeper's process, as it says.
+    process: Mutex<Option<Pid>>,
 }
 
 impl Link {
     /// Takes a connection over. `said` is told of events, and, with `None`, of the end.
     pub fn new(
         socket: PacketSocket,
-        process: Option<u32>,
         runtime: &Handle,
         said: impl Fn(Option<Event>) + Send + Sync + 'static,
     ) -> io::Result<Arc<Link>> {
         socket.set_nonblocking(true)?;
         let conversation = Arc::new(Conversation::over(socket, "backend"));
-        let process = process.and_then(|number| Pid::from_raw(number.cast_signed()));
         let _entered = runtime.enter();
         let watched = watch(conversation.as_fd())?;
         let (replies, receiver) = channel();
@@ -53,7 +51,7 @@ impl Link {
             said(None);
         });
         let listening = listening.abort_handle();
-        Ok(Arc::new(Link { conversation, replies: Mutex::new(receiver), listening, ended, process }))
+        Ok(Arc::new(Link { conversation, replies: Mutex::new(receiver), listening, ended, process: Mutex::default() }))
     }
 
     /// Gives an order and waits for the reply to it.
@@ -92,9 +90,15 @@ impl Link {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// Notes which process the keeper is.
+    pub fn note_process(&self, process: u32) {
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Pid::from_raw(process.cast_signed());
+    }
+
     /// Kills the keeper, and its worker with it. What it has completed is not lost.
     pub fn kill(&self) {
-        if let Some(process) = self.process.filter(|_| !self.has_ended()) {
+        let process = *self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(process) = process.filter(|_| !self.has_ended()) {
             // Its connection is open, so the number is still its own.
             let _ = kill_process(process, Signal::KILL);
         }

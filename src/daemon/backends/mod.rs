@@ -22,7 +22,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::digest::Digest;
-use crate::sys::socket::{self, PacketListener, PacketSocket};
+use crate::sys::socket::{PacketListener, PacketSocket};
 use crate::vhost_user::control::{Command, Event, Reply, Report, Serve, VolumeSpec};
 use crate::vhost_user::counters::{self, Reader, Snapshot};
 use crate::vhost_user::device::serial_from;
@@ -215,7 +215,7 @@ impl Backends {
 
         let (socket, mut process) =
             process::start(&self.program, &self.runtime).map_err(io("execute", &self.program))?;
-        let link = self.link(id, socket, process.id()).map_err(io("talk to", &self.program))?;
+        let link = self.link(id, socket).map_err(io("talk to", &self.program))?;
         let command = Command::Serve(Serve {
             volume: spec_of(&launch.part),
             queues: launch.queues,
@@ -239,9 +239,9 @@ impl Backends {
         self.note(id, link, &report, &counters, image).map_err(io("read the counters of", &launch.socket))
     }
 
-    fn link(&self, attachment: i64, socket: PacketSocket, process: Option<u32>) -> io::Result<Arc<Link>> {
+    fn link(&self, attachment: i64, socket: PacketSocket) -> io::Result<Arc<Link>> {
         let notices = self.notices.clone();
-        Link::new(socket, process, &self.runtime, move |event| {
+        Link::new(socket, &self.runtime, move |event| {
             let notice = match event {
                 None => Notice::Gone { attachment },
                 Some(Event::Switched { tag, bytes }) => Notice::Switched { attachment, tag, bytes },
@@ -265,6 +265,7 @@ impl Backends {
         counters: &File,
         image: Option<(Digest, Arc<File>)>,
     ) -> io::Result<()> {
+        link.note_process(report.process);
         let live = Live { bytes: report.bytes, connected: report.connected, process: report.process };
         let counters = Reader::open(counters, QUEUES_COUNTED)?;
         let backend =
@@ -316,8 +317,7 @@ impl Backends {
             }
             socket => socket.map_err(io)?,
         };
-        let process = peer_of(&socket);
-        let link = self.link(id, socket, process).map_err(io)?;
+        let link = self.link(id, socket).map_err(io)?;
         let (Reply::Report(report), descriptors) = link.ask(&Command::Report, &[], PATIENCE)? else {
             return Err(BackendError::Silent { reason: "another answer came".to_owned() });
         };
@@ -417,16 +417,18 @@ impl Backends {
         let link = match known {
             Some(backend) => Some(Arc::clone(&backend.link)),
             None => match PacketSocket::connect(control) {
-                Ok(socket) => {
-                    let process = peer_of(&socket);
-                    Some(self.link(id, socket, process).map_err(io)?)
-                }
+                Ok(socket) => Some(self.link(id, socket).map_err(io)?),
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
                     None
                 }
                 Err(error) => return Err(io(error)),
             },
         };
+        if let Some(link) = &link
+            && let Ok((Reply::Report(report), _)) = link.ask(&Command::Report, &[], PATIENCE)
+        {
+            link.note_process(report.process);
+        }
         if let Some(link) = link
             && let Err(error) = link.ask(&Command::Stop, &[], END_PATIENCE)
         {
@@ -454,11 +456,6 @@ impl Backends {
         let running: Vec<_> = lock(&self.running).iter().map(|(id, backend)| (*id, Arc::clone(backend))).collect();
         running.into_iter().map(|(id, backend)| (id, backend.counters.snapshot())).collect()
     }
-}
-
-/// The process that listens at the other end.
-fn peer_of(socket: &PacketSocket) -> Option<u32> {
-    socket::peer(socket).ok().map(|peer| peer.process).filter(|process| *process != 0)
 }
 
 fn spec_of(part: &Part) -> VolumeSpec {

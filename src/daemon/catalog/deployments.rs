@@ -148,7 +148,8 @@ impl Facts<'_> {
         self.close_deployments()
     }
 
-    /// A later instruction has another target for a volume, at one VM or at all of them: open targets that it replaces are settled.
+    /// A later instruction has another target for a volume, at one VM or at all of them: open targets that it replaces are settled. The
+    /// caller ends the deployments that have none left ([`Facts::close_deployments`]), once its own is complete.
     pub fn supersede_targets(&self, vm: Option<&str>, volume: &str) -> Result<(), CatalogError> {
         self.execute(
             &format!(
@@ -156,7 +157,7 @@ impl Facts<'_> {
             ),
             rusqlite::params![vm, volume],
         )?;
-        self.close_deployments()
+        Ok(())
     }
 
     /// Settles the open targets of a volume that is removed.

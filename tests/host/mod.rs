@@ -1,0 +1,13 @@
+//! The daemon through its API, with real backends and front ends: what an operator does, and what becomes of it.
+//!
+//! [`daemon::Daemon`] is the program in directories of its own; front ends are those of the sessions' tests.
+
+mod daemon;
+
+mod access;
+mod crash;
+mod hostile;
+mod life;
+mod many;
+mod model;
+mod updates;
