@@ -10,6 +10,9 @@
 mod backend;
 mod boots;
 mod disks;
+mod host;
 mod material;
 mod process;
+mod relay;
+mod updates;
 mod vm;

@@ -3,8 +3,10 @@
 //! Knows nothing of what is behind a disk's socket. A guest runs a script and frames the script's
 //! output on its serial console; a script that wants to be heard says `say KEY VALUE...`.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,9 @@ say() { echo "@@ $*"; }
 
 /// With the status behind it, what a guest says when its script has ended.
 const END: &str = "@@pando end ";
+
+/// What the boot loader in the image says when it starts.
+const BOOT_LOADER: &str = "@@pando grub";
 
 /// A script that ends with this asks its guest to reboot, and is run again after it.
 pub const REBOOT: u32 = 100;
@@ -52,25 +57,39 @@ pub struct Vm {
     qemu: Process,
     name: String,
     serial: PathBuf,
+    /// What is written here the guest reads from its serial console.
+    input: File,
+    /// From an order of the host's to what comes of it.
+    limit: Duration,
     deadline: Instant,
 }
 
 impl Vm {
     /// Starts `guest` with `cpus`, as many queues per disk, and `disks` as vda, vdb, ...
     pub fn start(dir: &Path, name: &str, guest: Guest, cpus: u32, disks: &[&Backend], script: &str) -> Self {
+        let sockets: Vec<_> = disks.iter().map(|disk| disk.socket()).collect();
+        Self::start_on(dir, name, guest, cpus, &sockets, script)
+    }
+
+    /// The same with whatever listens on these sockets; a connection that is lost is made again.
+    pub fn start_on(dir: &Path, name: &str, guest: Guest, cpus: u32, disks: &[&Path], script: &str) -> Self {
         let run = dir.join(format!("{name}.run"));
         fs::write(&run, format!("{PRELUDE}{script}")).expect("the test's directory takes files");
         let serial = dir.join(format!("{name}.serial"));
         fs::write(&serial, "").expect("the test's directory takes files");
+        let input = dir.join(format!("{name}.input"));
+        let made = Command::new("mkfifo").arg(&input).status().expect("mkfifo starts");
+        assert!(made.success(), "mkfifo: {made}");
 
         let mut args = machine(guest, cpus);
         let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
         option("-monitor", "stdio".to_owned());
-        option("-serial", format!("file:{}", serial.display()));
+        let console = format!("file,id=console,path={},input-path={}", serial.display(), input.display());
+        option("-chardev", console);
+        option("-serial", "chardev:console".to_owned());
         option("-fw_cfg", format!("name=opt/pando/run,file={}", run.display()));
         for (number, disk) in disks.iter().enumerate() {
-            let socket = disk.socket().display();
-            option("-chardev", format!("socket,id=disk{number},path={socket}"));
+            option("-chardev", format!("socket,id=disk{number},path={},reconnect=1", disk.display()));
             option("-device", format!("vhost-user-blk-pci,chardev=disk{number},num-queues={cpus}"));
         }
         args.extend(match guest {
@@ -81,9 +100,12 @@ impl Vm {
 
         let program = std::env::var("PANDO_QEMU").unwrap_or("qemu-system-x86_64".to_owned());
         let log = dir.join(format!("{name}.qemu"));
+        // Open at both ends, so that nothing waits for QEMU to open it.
+        let input = File::options().read(true).write(true).open(&input).expect("a pipe can be opened");
         let mut qemu = Process::start(&format!("guest {name}"), program, &args, log);
         qemu.show_on_failure(serial.clone());
-        Self { qemu, name: name.to_owned(), serial, deadline: Instant::now() + guest.limit() }
+        let (limit, name) = (guest.limit(), name.to_owned());
+        Self { qemu, name, serial, input, limit, deadline: Instant::now() + limit }
     }
 
     /// Waits until the guest has said `line` on a line of its own.
@@ -100,6 +122,54 @@ impl Vm {
             }
             said
         });
+    }
+
+    /// Waits until the guest has said something under `key` for the `number`th time, over all its reboots, and gives it.
+    pub fn hear(&mut self, key: &str, number: usize) -> String {
+        let mut heard = None;
+        self.wait_over_reboots(&format!("say {key:?} {number} times"), |said| {
+            heard = said.all(key).get(number - 1).map(|value| (*value).to_owned());
+            heard.is_some()
+        });
+        heard.expect("the wait ended because of it")
+    }
+
+    /// How often the boot loader in the image has started.
+    pub fn boot_loaders(&self) -> usize {
+        read(&self.serial).matches(BOOT_LOADER).count()
+    }
+
+    /// Waits until the boot loader in the image has started for the `number`th time.
+    pub fn wait_for_boot_loader(&mut self, number: usize) {
+        self.wait_over_reboots(&format!("start its boot loader {number} times"), |said| {
+            said.text.matches(BOOT_LOADER).count() >= number
+        });
+    }
+
+    fn wait_over_reboots(&mut self, what: &str, mut done: impl FnMut(&Said) -> bool) {
+        let what = format!("guest {} to {what}", self.name);
+        let limit = self.deadline.saturating_duration_since(Instant::now());
+        wait_until(&what, limit, || {
+            let said = self.said();
+            let done = done(&said);
+            if !done {
+                assert!(said.ends().all(|status| status == REBOOT.to_string()), "its script has ended before");
+                self.qemu.assert_running();
+            }
+            done
+        });
+    }
+
+    /// Types a line at the guest's serial console. What comes of it has as long as the guest had for its start.
+    pub fn order(&mut self, line: &str) {
+        writeln!(self.input, "{line}").expect("a pipe takes a line");
+        self.deadline = Instant::now() + self.limit;
+    }
+
+    /// The reset button.
+    pub fn reset(&mut self) {
+        self.qemu.tell("system_reset");
+        self.deadline = Instant::now() + self.limit;
     }
 
     /// Stops the whole machine as a user of QEMU does, and lets it go on.
@@ -127,7 +197,7 @@ impl Vm {
         // From here on it is `said` that shows the console.
         drop(self);
         assert!(status.success(), "QEMU ended with {status}");
-        let ends: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(END)).collect();
+        let ends: Vec<&str> = said.ends().collect();
         let reboot = REBOOT.to_string();
         let (last, before) = ends.split_last().expect("the script came to its end");
         assert_eq!(*last, "0", "the script failed");
@@ -192,6 +262,11 @@ impl Said {
 
     pub fn contains(&self, text: &str) -> bool {
         self.text.contains(text)
+    }
+
+    /// The statuses with which its scripts ended.
+    fn ends(&self) -> impl Iterator<Item = &str> {
+        self.lines().filter_map(|line| line.strip_prefix(END))
     }
 
     /// The values that were said under `key`, in order.
