@@ -173,11 +173,6 @@ fn export(client: &Client, image: &str, file: &Path) -> anyhow::Result<()> {
             })
         });
     }
-    if reads_any_file(client)? {
-        let to = std::path::absolute(file).with_context(|| format!("{} is no path", file.display()))?;
-        let job: Job = client.post(&(path + "/export"), Some(json!({ "path": to })))?;
-        return follow(client, job, "export").map(drop);
-    }
     let cannot_write = || format!("cannot write {}", file.display());
     let mut out = SparseFile::create(file).with_context(cannot_write)?;
     let bar = bar(Some(about.bytes), "export")?;

@@ -3,6 +3,7 @@
 use super::Host;
 use super::access::{Call, Caller};
 use super::api::types::Event;
+use super::catalog::RECORDS_MAX;
 use super::error::Error;
 
 impl Host {
@@ -10,6 +11,7 @@ impl Host {
     pub fn list_events(&self, caller: &Caller, after: Option<i64>, limit: Option<u32>) -> Result<Vec<Event>, Error> {
         Call::look(self, caller, "event.list", "event:*", |call| {
             call.require_admin("see events")?;
+            check_limit(limit)?;
             self.catalog.read(|facts| Ok(facts.events(after.unwrap_or(0), limit)?))
         })
     }
@@ -17,5 +19,15 @@ impl Host {
     /// The next events behind `after`, for a follower that was let in by [`Host::list_events`].
     pub fn next_events(&self, after: i64) -> Result<Vec<Event>, Error> {
         self.catalog.read(|facts| Ok(facts.events_next(after)?))
+    }
+}
+
+/// Sees that no more of a log is asked for than one answer has.
+pub fn check_limit(limit: Option<u32>) -> Result<(), Error> {
+    match limit.filter(|limit| *limit > RECORDS_MAX) {
+        Some(found) => {
+            Err(Error::Invalid { field: "limit", found: found.to_string(), expected: format!("at most {RECORDS_MAX}") })
+        }
+        None => Ok(()),
     }
 }

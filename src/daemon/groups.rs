@@ -5,6 +5,7 @@ use super::access::{Call, Caller};
 use super::api::types::{AuditRecord, Grant, Group, LogQuery};
 use super::catalog::Facts;
 use super::error::Error;
+use super::events::check_limit;
 use super::names::{PATH_NAME_BYTES_MAX, check_name, nearest, shown};
 
 /// A group, or the nearest name.
@@ -155,6 +156,7 @@ impl Host {
     pub fn audit(&self, caller: &Caller, query: &LogQuery) -> Result<Vec<AuditRecord>, Error> {
         Call::look(self, caller, "audit.list", "audit", |call| {
             call.require_admin("read the audit log")?;
+            check_limit(query.limit)?;
             self.catalog.read(|facts| Ok(facts.audit(query.after, query.limit)?))
         })
     }

@@ -241,21 +241,6 @@ impl Host {
         })
     }
 
-    /// Starts to write an image to a new file of this host, which only those may ask for who could write anywhere.
-    pub fn export_image(self: &Arc<Self>, caller: &Caller, name: &str, path: &str) -> Result<Job, Error> {
-        Call::run(self, caller, "image.export", format!("image:{}", shown(name)), |call| {
-            call.require_admin("export an image to a path")?;
-            let image = self.catalog.read(|facts| find_image(facts, name))?;
-            check_absolute(path)?;
-            let (digest, path) = (image.digest, path.to_owned());
-            self.start_job("image.export", format!("image:{digest}"), caller.principal(), move |host, running| {
-                let progress = |progress: Progress| running.progress(progress.done_bytes, progress.total_bytes);
-                host.store.export(&digest, Path::new(&path), false, &progress, &running.cancelled)?;
-                Ok(path)
-            })
-        })
-    }
-
     /// An image's contents, for a caller to read, and how many bytes that is.
     pub fn image_content(&self, caller: &Caller, name: &str) -> Result<(File, u64), Error> {
         Call::run(self, caller, "image.content", format!("image:{}", shown(name)), |call| {

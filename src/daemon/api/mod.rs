@@ -56,10 +56,13 @@ async fn run<T: Send + 'static>(
 
 /// The API.
 #[derive(OpenApi)]
-#[openapi(info(
-    title = "Pando",
-    description = "Images, channels, volumes and who has them, on one host. Served on a unix socket; the caller is who the kernel says."
-))]
+#[openapi(
+    info(
+        title = "Pando",
+        description = "Images, channels, volumes and who has them, on one host. Served on a unix socket; the caller is who the kernel says."
+    ),
+    components(schemas(types::Problem))
+)]
 struct Document;
 
 /// The API's routes, and the document about them.
@@ -133,7 +136,9 @@ mod tests {
     fn every_operation_is_described() {
         let (_, document) = super::routed();
         let text = document.to_json().unwrap();
-        for part in ["/v1/volumes/{name}/grow", "VolumeRequest", "application/problem+json", "\"default\""] {
+        for part in
+            ["/v1/volumes/{name}/grow", "VolumeRequest", "\"Problem\":{", "application/problem+json", "\"default\""]
+        {
             assert!(text.contains(part), "{part}");
         }
     }

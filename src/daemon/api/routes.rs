@@ -27,7 +27,6 @@ pub fn all() -> OpenApiRouter<Arc<Host>> {
         .routes(routes!(list_images, import_image))
         .routes(routes!(show_image, remove_image))
         .routes(routes!(verify_image))
-        .routes(routes!(export_image))
         .routes(routes!(list_channels))
         .routes(routes!(show_channel, set_channel, remove_channel))
         .routes(routes!(channel_history))
@@ -106,19 +105,6 @@ async fn verify_image(
     At(image): At<String>,
 ) -> Result<(StatusCode, Json<Job>), Failure> {
     run(host, caller, move |host, caller| host.verify_image(caller, &image))
-        .await
-        .map(|made| (StatusCode::ACCEPTED, Json(made)))
-}
-
-/// Writes an image to a new file of this host.
-#[utoipa::path(post, path = "/v1/images/{image}/export", params(("image" = String, Path, description = "A version, a digest or its first digits")), request_body = ExportRequest, responses((status = 202, description = "Writes an image to a new file of this host", body = Job)))]
-async fn export_image(
-    State(host): Shared,
-    caller: Caller,
-    At(image): At<String>,
-    Input(request): Input<ExportRequest>,
-) -> Result<(StatusCode, Json<Job>), Failure> {
-    run(host, caller, move |host, caller| host.export_image(caller, &image, &request.path))
         .await
         .map(|made| (StatusCode::ACCEPTED, Json(made)))
 }
@@ -388,7 +374,13 @@ async fn load(State(host): Shared, caller: Caller) -> Answer<Vec<Load>> {
 #[utoipa::path(get, path = "/v1/jobs/{id}", params(("id" = i64, Path, description = "The job"), JobQuery), responses((status = 200, description = "The job", body = Job)))]
 async fn show_job(State(host): Shared, caller: Caller, At(id): At<i64>, Asked(query): Asked<JobQuery>) -> Answer<Job> {
     const LOOKS_EVERY: Duration = Duration::from_millis(20);
-    let patience = Duration::from_millis(query.wait_ms.unwrap_or(0)).min(Duration::from_secs(30));
+    const PATIENCE_MS_MAX: u64 = 30_000;
+    let wait_ms = query.wait_ms.unwrap_or(0);
+    if wait_ms > PATIENCE_MS_MAX {
+        let detail = format!("wait_ms is {wait_ms}: expected at most {PATIENCE_MS_MAX}");
+        return Err(Failure::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", detail));
+    }
+    let patience = Duration::from_millis(wait_ms);
     let begun = Instant::now();
     let look = |host: &Arc<Host>| call(Arc::clone(host), caller.clone(), move |host, caller| host.show_job(caller, id));
     let first = look(&host).await?;

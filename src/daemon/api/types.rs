@@ -78,7 +78,7 @@ pub struct ImportRequest {
     /// A name for people, such as `debian-12.7`. One that exists moves to the new image.
     #[serde(default)]
     pub version: Option<String>,
-    /// `raw`, `qcow2`, `vmdk`, ...; found out by the contents when left out.
+    /// `raw` or `qcow2`; found out by the contents when left out.
     #[serde(default)]
     pub format: Option<String>,
 }
@@ -91,17 +91,9 @@ pub struct UploadQuery {
     /// A name for people, such as `debian-12.7`. One that exists moves to the new image.
     #[serde(default)]
     pub version: Option<String>,
-    /// `raw`, `qcow2`, `vmdk`, ...; found out by the contents when left out.
+    /// `raw` or `qcow2`; found out by the contents when left out.
     #[serde(default)]
     pub format: Option<String>,
-}
-
-/// To write an image to a file of the daemon's host. Only for root and the daemon's own user.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ExportRequest {
-    /// Absolute path of the file to be made; there must be none.
-    pub path: String,
 }
 
 /// A channel: a name that points to an image.
@@ -459,6 +451,7 @@ pub struct LogQuery {
     pub after: Option<i64>,
     /// The newest so many of them, at most 1000 (the default).
     #[serde(default)]
+    #[param(maximum = 1000)]
     pub limit: Option<u32>,
 }
 
@@ -472,6 +465,7 @@ pub struct EventQuery {
     pub after: Option<i64>,
     /// The newest so many of them, at most 1000 (the default).
     #[serde(default)]
+    #[param(maximum = 1000)]
     pub limit: Option<u32>,
     /// Go on: the answer is a line of JSON for each event, as they happen, without end.
     #[serde(default)]
@@ -497,7 +491,7 @@ pub enum JobState {
 pub struct Job {
     /// Counts up.
     pub id: i64,
-    /// `image.import`, `image.verify` or `image.export`.
+    /// `image.import` or `image.verify`.
     pub kind: String,
     /// What it works on.
     pub object: String,
@@ -526,6 +520,7 @@ pub struct Job {
 pub struct JobQuery {
     /// Answer when the job has ended or made progress, or after so many milliseconds, at most 30000; at once when left out.
     #[serde(default)]
+    #[param(maximum = 30000)]
     pub wait_ms: Option<u64>,
 }
 

@@ -9,7 +9,7 @@ const EVENTS_MAX: i64 = 20_000;
 /// Jobs that are kept; older ones go.
 const JOBS_MAX: i64 = 1_000;
 /// Records in one answer.
-const RECORDS_MAX: u32 = 1_000;
+pub const RECORDS_MAX: u32 = 1_000;
 
 /// A line for the audit log.
 #[derive(Clone, Debug)]

@@ -23,7 +23,7 @@ use crate::digest::Digest;
 pub use attachments::{AttachmentRow, AttachmentState, NewAttachment};
 pub use deployments::{DeploymentRow, TargetRow};
 pub use images::{ChannelRow, ImageRow, ImageState, MoveRow};
-pub use log::AuditEntry;
+pub use log::{AuditEntry, RECORDS_MAX};
 pub use volumes::{DeltaRow, DeltaState, VolumeRow, VolumeState};
 
 /// Why the catalog did not answer.
