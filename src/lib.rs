@@ -2,16 +2,15 @@
 //!
 //! A backend serves one **volume** to one virtual machine over vhost-user-blk. Reads come from the **base**, an image
 //! that all backends of a host map read-only and so pay for once; writes go to the machine's own **delta**, a sparse
-//! file. Two processes make up a backend: the **keeper** speaks with the front end, the **worker** moves the bytes.
+//! file. Two processes make up a backend: the **keeper** speaks with the front end, the **worker** moves the bytes. A
+//! **daemon** manages the images, volumes and backends of a host, and may come and go while virtual machines run.
 //!
 //! # Layers
 //!
 //! ```text
-//! bin/pando  ──▶ cli ─────────────┐
-//!                                 ▼
-//! bin/pando-blk ──▶ vhost_user ──▶ block ──▶ digest, sys, units
-//!                                            ▲
-//!                                 store ─────┘
+//! bin/pando ──▶ cli ──▶ daemon ──┬──▶ store ───────┐
+//!                                ▼                 ▼
+//! bin/pando-blk ──────────▶ vhost_user ──▶ block ──▶ digest, sys, units
 //! ```
 //!
 //! | module | owns | knows nothing of |
@@ -20,9 +19,10 @@
 //! | [`digest`] | the names of images: BLAKE3 of their contents | what an image is used for |
 //! | [`sys`] | mappings, file verbs, sockets, processes; all `unsafe` | what the bytes mean |
 //! | [`block`] | one volume: base, delta, their union | virtio, sockets |
-//! | [`store`] | images at rest: their files, imported, verified, exported | running machines, volumes |
+//! | [`store`] | images at rest: their files, imported, verified | running machines, volumes |
 //! | [`vhost_user`] | one guest's device: session, rings, requests | what is behind a volume |
-//! | [`cli`] | arguments, a call, text | the data path |
+//! | [`daemon`] | one host: what there is, who has it, who may, and the backends' lives | command lines; it is never on the data path |
+//! | [`cli`] | arguments, a call, text | how anything is done |
 //!
 //! # The life of a guest's write
 //!

@@ -106,6 +106,8 @@ async fn serve(options: Options) -> Result<(), RunError> {
     }
     let mut terminate = signal(SignalKind::terminate()).map_err(system("wait for", "SIGTERM".to_owned()))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("wait for", "SIGINT".to_owned()))?;
+    // A file that would be larger than this process may write is an error for whoever asked, not the daemon's end.
+    let _too_large = signal(SignalKind::from_raw(libc::SIGXFSZ)).map_err(system("wait for", "SIGXFSZ".to_owned()))?;
     let end = async move {
         tokio::select! {
             _ = terminate.recv() => {}

@@ -87,9 +87,6 @@ pub enum StoreError {
         path = .path.display()
     )]
     WrongLength { path: PathBuf, expected: u64, found: u64 },
-    /// There is a file where an image was to be exported to.
-    #[error("{path} exists already: choose another name, or ask for it to be replaced", path = .path.display())]
-    Exists { path: PathBuf },
 }
 
 impl StoreError {

@@ -1,4 +1,4 @@
-//! [`Incoming`]: a file that becomes an image or an export once it is whole, and otherwise never was.
+//! [`Incoming`]: a file that becomes an image once it is whole, and otherwise never was.
 //!
 //! It has no name until then (`O_TMPFILE`), so that whatever ends this process leaves nothing behind. Where the file system
 //! has no such files, it has a name that says so, and a lock for as long as it is being written: a name without one is
@@ -116,19 +116,6 @@ impl Incoming {
         Ok(published)
     }
 
-    /// Gives the file a name that may be taken: the file that had it is replaced in one step.
-    pub(super) fn replace(self, path: &Path) -> Result<(), StoreError> {
-        let directory = self.directory.clone();
-        let temporary = directory.join(format!("{NAME_START}{}", uuid::Uuid::new_v4()));
-        self.publish(&temporary)?;
-        if let Err(error) = std::fs::rename(&temporary, path) {
-            // As above.
-            let _ = std::fs::remove_file(&temporary);
-            return Err(StoreError::io("replace", path)(error));
-        }
-        sync_directory(&directory)
-    }
-
     fn remove_name(&mut self) {
         if let Some(name) = self.name.take() {
             // Left there, it goes with the next opening of the store.
@@ -210,11 +197,6 @@ mod tests {
                 assert_eq!(names(directory.path()), ["whole"]);
             }
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o444);
-            let incoming = create(directory.path()).unwrap();
-            incoming.file().write_all(b"trunk").unwrap();
-            incoming.replace(&path).unwrap();
-            assert_eq!(names(directory.path()), ["whole"]);
-            assert_eq!(std::fs::read(&path).unwrap(), b"trunk");
         }
     }
 

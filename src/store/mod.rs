@@ -12,7 +12,6 @@
 //! (`incoming`). So there is nothing to repair after a crash, and no record beside the files that could contradict them.
 
 mod error;
-mod export;
 mod format;
 mod import;
 mod incoming;

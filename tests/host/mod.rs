@@ -5,6 +5,7 @@
 mod daemon;
 
 mod access;
+mod commands;
 mod crash;
 mod hostile;
 mod life;

@@ -1,4 +1,4 @@
-//! Raw images: importing, spooling, listing, verifying, exporting, removing.
+//! Raw images: importing, spooling, listing, verifying, removing.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -58,11 +58,6 @@ fn holes_and_zeros_take_no_space() {
     let mut disk = Vec::new();
     File::open(&path).unwrap().read_to_end(&mut disk).unwrap();
     assert_eq!(imported.digest, digest_of(&disk));
-
-    let target = site.path("exported.raw");
-    site.store.export(&imported.digest, &target, false, &|_| (), &NEVER).unwrap();
-    assert!(std::fs::read(&target).unwrap() == disk);
-    assert!(std::fs::metadata(&target).unwrap().blocks() * 512 < 128 << 10);
 }
 
 #[test]
@@ -158,11 +153,6 @@ fn cancelled_work_leaves_nothing() {
     let imported = site.store.import(source(), &|_| (), &NEVER, |_| Ok(())).unwrap();
     let always = AtomicBool::new(true);
     assert!(matches!(site.store.verify(&imported.digest, &|_| (), &always), Err(StoreError::Cancelled)));
-    let target = site.path("exported.raw");
-    let exported = site.store.export(&imported.digest, &target, false, &|_| (), &always);
-    // Where the file system shares blocks there is nothing to cancel before the sync, which looks too.
-    assert!(matches!(exported, Err(StoreError::Cancelled)));
-    assert!(!target.exists());
 }
 
 #[test]
@@ -224,20 +214,4 @@ fn the_list_has_images_and_tells_of_the_rest() {
     assert!(matches!(site.store.open_image(&second, Some(1024)), Err(StoreError::WrongLength { .. })));
     site.store.open_image(&second, Some(512)).unwrap();
     assert!(site.store.verify(&Digest([0; 32]), &|_| (), &NEVER).is_err());
-}
-
-#[test]
-fn an_export_replaces_nothing_unless_told() {
-    let site = Site::new();
-    let disk = patchy(6, 1 << 20);
-    let digest = site.import(&site.write("disk.raw", &disk), None).unwrap().digest;
-    let target = site.write("taken", b"precious");
-    let export = |replace| site.store.export(&digest, &target, replace, &|_| (), &NEVER);
-    assert!(matches!(export(false), Err(StoreError::Exists { path }) if path == target));
-    assert_eq!(std::fs::read(&target).unwrap(), b"precious");
-    export(true).unwrap();
-    assert!(std::fs::read(&target).unwrap() == disk);
-    assert!(std::fs::metadata(&target).unwrap().permissions().mode() & 0o200 != 0, "an export is the caller's");
-    let names = std::fs::read_dir(site.directory.path()).unwrap().count();
-    assert_eq!(names, 3, "the store, the source, the export");
 }
