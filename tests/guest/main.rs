@@ -12,6 +12,7 @@ mod boots;
 mod disks;
 mod host;
 mod material;
+mod package;
 mod process;
 mod relay;
 mod updates;
