@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
-use crate::daemon::api::types::{Attachment as AttachmentAnswer, Role, Vm as VmAnswer};
+use crate::daemon::api::types::{Attachment as AttachmentAnswer, Owner, Role, Vm as VmAnswer};
 
 use super::Outcome;
 use super::asking::Asking;
@@ -16,7 +16,7 @@ use super::table::{ago, fields, image_or_dash, list, size, table};
 Examples:
   pando attach web-1 --vm web-1 --os
   pando attach drivers --vm web-1 --addon drivers
-  pando attach web-1 --vm web-1 --print qemu")]
+  pando attach web-1 --vm web-1 --owner libvirt-qemu --print libvirt")]
 pub struct Attach {
     #[command(flatten)]
     asking: Asking,
@@ -40,6 +40,9 @@ pub struct Attach {
     /// The VMM loads the guest's kernel itself, with no firmware: every driver that starts from nothing is then a boot
     #[arg(long)]
     kernel_from_vmm: bool,
+    /// Give the socket to another user, as whom the VMM runs: a name such as libvirt-qemu, or UID:GID
+    #[arg(long, value_name = "USER")]
+    owner: Option<String>,
     /// Print what this VMM needs to be told of the disk, in place of the socket alone
     #[arg(long, value_enum, value_name = "VMM")]
     print: Option<Vmm>,
@@ -111,8 +114,10 @@ impl Attach {
             (.., true) => Some(Role::Private),
             _ => None,
         };
+        let owner = self.owner.as_deref().map(owner_of).transpose()?;
         let request = json!({
             "volume": self.volume,
+            "owner": owner,
             "vm": self.vm,
             "role": role,
             "queues": self.queues,
@@ -125,6 +130,22 @@ impl Attach {
         })?;
         Ok(Outcome::Done)
     }
+}
+
+/// A user by its name in the host's list, or by numbers.
+fn owner_of(user: &str) -> anyhow::Result<Owner> {
+    let numbers = |uid: &str, gid: &str| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? });
+    if let Some(owner) = user.split_once(':').and_then(|(uid, gid)| numbers(uid, gid)) {
+        return Ok(owner);
+    }
+    let users = std::fs::read_to_string("/etc/passwd").context("cannot read the list of users")?;
+    let found = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let is_it = fields.next() == Some(user);
+        let (uid, gid) = (fields.nth(1)?, fields.next()?);
+        is_it.then(|| numbers(uid, gid)).flatten()
+    });
+    found.with_context(|| format!("there is no user '{user}' here: expected a name of /etc/passwd, or UID:GID"))
 }
 
 /// What a VMM needs to be told of a disk. The guest's memory has to be shared with the backend, which is the VM's own affair: said once for
@@ -156,7 +177,7 @@ fn lines_for(vmm: Vmm, attachment: &AttachmentAnswer) -> String {
             format!(
                 "<!-- once for the domain: -->\n\
                  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n\
-                 <!-- for this disk: -->\n\
+                 <!-- for this disk, with a target of its own: -->\n\
                  <disk type='vhostuser' device='disk'>\n  <driver name='qemu' type='raw'/>\n  <source type='unix' path='{socket}'>\n    \
                  <reconnect enabled='yes' timeout='1'/>\n  </source>\n  <target dev='vda' bus='virtio'/>\n{read_only}</disk>\n"
             )

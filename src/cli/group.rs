@@ -135,7 +135,7 @@ fn show_text(group: GroupAnswer) -> String {
     fields([
         ("group", group.name.clone()),
         ("members", list(&group.members)),
-        ("grants", grants_of(&group).join(", ")),
+        ("grants", if group.grants.is_empty() { "-".to_owned() } else { grants_of(&group).join(", ") }),
         ("created", ago(group.created_at)),
     ])
 }

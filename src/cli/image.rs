@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
@@ -124,6 +124,11 @@ impl Import {
             let cannot_open = || format!("cannot open the image {}", self.file.display());
             let file = File::open(&self.file).with_context(cannot_open)?;
             let metadata = file.metadata().with_context(cannot_open)?;
+            ensure!(
+                metadata.is_file() || metadata.file_type().is_block_device() || metadata.file_type().is_fifo(),
+                "{} is no image: expected a file, a block device or a pipe",
+                self.file.display()
+            );
             if metadata.is_file() && reads_any_file(&client)? {
                 let path = std::path::absolute(&self.file).with_context(cannot_open)?;
                 let request = json!({ "path": path, "version": self.version, "format": self.format });

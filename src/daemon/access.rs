@@ -73,7 +73,9 @@ impl Object {
 
 impl std::fmt::Display for Object {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.kind(), self.names().last().map_or("", String::as_str))
+        // One that has no name yet is any.
+        let name = self.names().last().filter(|name| !name.is_empty());
+        write!(f, "{}:{}", self.kind(), name.map_or("*", String::as_str))
     }
 }
 

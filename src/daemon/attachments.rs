@@ -146,7 +146,6 @@ impl Host {
             self.with_volume(name, || {
                 let (volume, id) = self.catalog.change(|facts| self.note_attachment(call, facts, request, queues))?;
                 let result = self.start_attachment(&volume, id, false).and_then(|delta| {
-                    self.hand_over_socket(caller, &request.vm, name);
                     self.catalog.change(|facts| {
                         if let Some(delta) = delta.filter(|delta| delta.state == DeltaState::Making) {
                             facts.make_current(&delta)?;
@@ -205,6 +204,7 @@ impl Host {
             queues,
             kernel_from_vmm: request.kernel_from_vmm,
             image,
+            owner: owner_for(call, request)?,
             by: call.caller().principal(),
         })?;
         if volume.ephemeral {
@@ -252,6 +252,7 @@ impl Host {
             resumed,
             kernel_from_vmm: row.kernel_from_vmm,
         })?;
+        self.hand_over_socket(&row);
         Ok(delta)
     }
 
@@ -272,11 +273,12 @@ impl Host {
         Ok(Part { tag, image, base, delta, serial: serial.to_owned() })
     }
 
-    /// Lets the one who attached a volume, and nobody else but root, connect to it.
-    fn hand_over_socket(&self, caller: &Caller, vm: &str, volume: &str) {
-        let socket = self.places.front_end_socket(vm, volume);
+    /// Lets an attachment's owner, and nobody else but root, connect to it.
+    fn hand_over_socket(&self, row: &AttachmentRow) {
+        let socket = self.places.front_end_socket(&row.vm, &row.volume);
+        let (uid, gid) = row.owner;
         let result = std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
-            .and_then(|()| std::os::unix::fs::chown(&socket, Some(caller.uid), caller.gids.first().copied()));
+            .and_then(|()| std::os::unix::fs::chown(&socket, Some(uid), Some(gid)));
         if let Err(error) = result {
             log::warn!("{} stays the daemon's own: {error}", socket.display());
         }
@@ -357,7 +359,9 @@ impl Host {
         }
         let Some(image) = staged else {
             self.backends.unstage(row.id)?;
-            return self.settle_served(volume, row);
+            self.settle_served(volume, row)?;
+            self.event("image.unstaged", &object_of(row), "");
+            return Ok(());
         };
         let delta = match volume.ephemeral {
             true => Some(self.catalog.change(|facts| facts.insert_delta(&volume.name, Some(image)))?),
@@ -395,8 +399,7 @@ impl Host {
     }
 
     /// A backend has begun to serve what was staged.
-    pub fn switched(&self, id: i64, tag: &str, bytes: u64) -> Result<(), Error> {
-        self.backends.note_switched(id, bytes);
+    pub fn switched(&self, id: i64, tag: &str) -> Result<(), Error> {
         let Some(row) = self.catalog.read(|facts| Ok::<_, Error>(facts.attachment_by_id(id)?))? else { return Ok(()) };
         self.with_volume(&row.volume, || {
             let (volume, row) =
@@ -447,7 +450,6 @@ impl Host {
 
     /// A front end has come to a backend or gone from it.
     pub fn front_end_changed(&self, id: i64, connected: bool, detail: &str) -> Result<(), Error> {
-        self.backends.note_connected(id, connected);
         let kind = if connected { "front-end.connected" } else { "front-end.disconnected" };
         self.attachment_event(id, kind, detail)
     }
@@ -481,6 +483,19 @@ impl Host {
         })?;
         self.event("image.failed", &object_of(row), reason);
         Ok(())
+    }
+}
+
+/// Whose the socket of an attachment is to be.
+fn owner_for(call: &Call<'_>, request: &AttachRequest) -> Result<(u32, u32), Error> {
+    let caller = call.caller();
+    let own = (caller.uid, caller.gids.first().copied().unwrap_or(caller.uid));
+    match request.owner {
+        Some(owner) if (owner.uid, owner.gid) != own => {
+            call.require_admin("give a socket to another user")?;
+            Ok((owner.uid, owner.gid))
+        }
+        _ => Ok(own),
     }
 }
 

@@ -120,7 +120,7 @@ impl Host {
                 [.., previous, _] => Ok(*previous),
                 _ => Err(Error::State {
                     object: format!("channel {name}"),
-                    found: "has pointed to one image only".to_owned(),
+                    found: "has nothing before the image that it points to".to_owned(),
                     remedy: "there is nothing to go back to",
                 }),
             }

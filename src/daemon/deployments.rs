@@ -125,7 +125,12 @@ impl Host {
                 call.done(facts, format!("deployment {id}: image {image} to group {}", request.group))?;
                 Ok((id, volumes))
             })?;
-            self.event("deployment.started", &format!("deployment:{id}"), &format!("group {}", request.group));
+            let what = request.image.as_deref().or(request.channel.as_deref()).unwrap_or_default();
+            self.event(
+                "deployment.started",
+                &format!("deployment:{id}"),
+                &format!("{what} to group {}", request.group),
+            );
             volumes.iter().for_each(|volume| self.converge(volume));
             self.catalog.read(|facts| self.view_deployment(facts, find_deployment(facts, id)?))
         })

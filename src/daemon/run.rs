@@ -89,6 +89,14 @@ async fn serve(options: Options) -> Result<(), RunError> {
     tokio::spawn(async move {
         while let Some(notice) = noticed.recv().await {
             let host = Arc::clone(&watching);
+            // In their order; what follows from them may take its time.
+            match &notice {
+                Notice::Connected { attachment, connected, .. } => {
+                    host.backends.note_connected(*attachment, *connected)
+                }
+                Notice::Switched { attachment, bytes, .. } => host.backends.note_switched(*attachment, *bytes),
+                _ => {}
+            }
             tokio::task::spawn_blocking(move || take_notice(&host, notice));
         }
     });
@@ -156,7 +164,7 @@ fn lock(places: &Places) -> Result<File, RunError> {
 fn take_notice(host: &Arc<Host>, notice: Notice) {
     let (what, result) = match notice {
         Notice::Gone { attachment } => ("start a backend again", host.backend_gone(attachment)),
-        Notice::Switched { attachment, tag, bytes } => ("note a switch", host.switched(attachment, &tag, bytes)),
+        Notice::Switched { attachment, tag, .. } => ("note a switch", host.switched(attachment, &tag)),
         Notice::SwitchFailed { attachment, reason } => {
             ("note a failed switch", host.switch_failed(attachment, &reason))
         }

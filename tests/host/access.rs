@@ -110,6 +110,11 @@ fn users_may_what_their_groups_grants_say_and_the_audit_log_has_it() {
     daemon.post("/v1/groups/web/grants", json!({ "verb": "write", "on": "volume:web-cow" }));
     let (code, _, error) = pando_as(&daemon, READER, &["attach", "web-cow", "--vm", "a"]);
     assert_eq!(code, 0, "{error}");
+    let given = json!({ "volume": "db-os", "vm": "a", "owner": { "uid": STRANGER, "gid": STRANGER } });
+    let socket = daemon.post("/v1/attachments", given)["socket"].as_str().expect("a socket").to_owned();
+    assert_eq!(std::fs::metadata(socket).expect("a socket").uid(), STRANGER, "by root to whom it likes");
+    let (code, _, error) = pando_as(&daemon, READER, &["attach", "web-os", "--vm", "c", "--owner", "0:0"]);
+    assert!(code == 5 && error.contains("give a socket to another user"), "{error}");
     let revoked = daemon.ask("DELETE", "/v1/groups/web/grants?verb=use&on=volume:web-*", None).ok();
     assert_eq!(revoked["grants"], json!([{ "verb": "write", "on": "volume:web-cow" }]));
     assert_eq!(pando_as(&daemon, READER, &["attach", "web-os", "--vm", "b"]).0, 5);

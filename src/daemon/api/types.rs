@@ -272,6 +272,19 @@ pub struct AttachRequest {
     /// The VMM itself loads the guest's kernel: every driver that starts from nothing is then a boot.
     #[serde(default)]
     pub kernel_from_vmm: bool,
+    /// Whose the socket is to be, the caller's own when left out. Only root and the daemon's own user give it to others.
+    #[serde(default)]
+    pub owner: Option<Owner>,
+}
+
+/// A user and a group of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
 }
 
 /// A VM, as its attachments show it.

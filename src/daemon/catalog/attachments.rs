@@ -39,6 +39,8 @@ pub struct AttachmentRow {
     pub state: AttachmentState,
     pub error: Option<String>,
     pub restarts: u64,
+    /// Whose the front ends' socket is: user and group.
+    pub owner: (u32, u32),
     pub at: i64,
     pub by: String,
 }
@@ -53,6 +55,7 @@ pub struct NewAttachment {
     pub queues: u16,
     pub kernel_from_vmm: bool,
     pub image: Option<Digest>,
+    pub owner: (u32, u32),
     pub by: String,
 }
 
@@ -107,6 +110,7 @@ impl AttachmentRow {
             state: row.get("state")?,
             error: row.get("error")?,
             restarts: row.get("restarts")?,
+            owner: (row.get("owner_uid")?, row.get("owner_gid")?),
             at: row.get("at")?,
             by: row.get("by")?,
         })
@@ -153,8 +157,8 @@ impl Facts<'_> {
     /// Notes an attachment whose backend is about to be started.
     pub fn insert_attachment(&self, new: &NewAttachment) -> Result<i64, CatalogError> {
         self.insert(
-            "INSERT INTO attachment (vm, volume, role, serial, read_only, queues, kernel_from_vmm, image, state, at, by) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'starting', ?9, ?10)",
+            "INSERT INTO attachment (vm, volume, role, serial, read_only, queues, kernel_from_vmm, image, state, at, by, owner_uid, owner_gid) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'starting', ?9, ?10, ?11, ?12)",
             rusqlite::params![
                 new.vm,
                 new.volume,
@@ -165,7 +169,9 @@ impl Facts<'_> {
                 new.kernel_from_vmm,
                 new.image,
                 now(),
-                new.by
+                new.by,
+                new.owner.0,
+                new.owner.1
             ],
         )
     }

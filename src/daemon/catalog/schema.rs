@@ -97,6 +97,9 @@ CREATE TABLE attachment (
     state TEXT NOT NULL CHECK (state IN ('starting', 'running', 'failed', 'stopping')),
     error TEXT,
     restarts INTEGER NOT NULL DEFAULT 0,
+    -- Whose the front ends' socket is.
+    owner_uid INTEGER NOT NULL,
+    owner_gid INTEGER NOT NULL,
     at INTEGER NOT NULL,
     by TEXT NOT NULL,
     UNIQUE (vm, volume)
