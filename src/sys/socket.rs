@@ -379,14 +379,21 @@ pub fn peer(stream: &impl AsFd) -> io::Result<Peer> {
     {
         return Err(io::Error::last_os_error());
     }
-    // As many as a process can have.
-    let mut groups = vec![0 as libc::gid_t; 65536];
+    // Mostly enough; else the kernel says how many there are.
+    let mut groups = vec![0 as libc::gid_t; 64];
     let mut len = size_of_val(groups.as_slice()) as libc::socklen_t;
-    // SAFETY: `groups` and `len` are ours and describe each other.
-    if unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len) }
-        != 0
-    {
-        return Err(io::Error::last_os_error());
+    loop {
+        // SAFETY: `groups` and `len` are ours and describe each other.
+        let result = unsafe {
+            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len)
+        };
+        match io::Error::last_os_error() {
+            _ if result == 0 => break,
+            error if error.raw_os_error() == Some(libc::ERANGE) && len as usize > size_of_val(groups.as_slice()) => {
+                groups.resize(len as usize / size_of::<libc::gid_t>(), 0);
+            }
+            error => return Err(error),
+        }
     }
     groups.truncate(len as usize / size_of::<libc::gid_t>());
     groups.retain(|group| *group != found.gid);
