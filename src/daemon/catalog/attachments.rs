@@ -144,9 +144,9 @@ impl Facts<'_> {
         self.all("SELECT * FROM attachment ORDER BY vm, volume", [], AttachmentRow::read)
     }
 
-    /// Who has a volume.
+    /// Who has a volume, by their names.
     pub fn attachments_of(&self, volume: &str) -> Result<Vec<AttachmentRow>, CatalogError> {
-        self.all("SELECT * FROM attachment WHERE volume = ?1 ORDER BY id", [volume], AttachmentRow::read)
+        self.all("SELECT * FROM attachment WHERE volume = ?1 ORDER BY vm", [volume], AttachmentRow::read)
     }
 
     /// The VMs that run from an image.
