@@ -272,7 +272,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 #[test]
 fn random_calls_do_what_a_model_says() {
-    let config = Config { cases: 16, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
+    let config = Config { cases: 48, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
     let result = TestRunner::new(config).run(&steps(), |steps| {
         let mut daemon = Daemon::new();
         for (number, image) in IMAGES.iter().enumerate() {
