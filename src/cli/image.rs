@@ -81,7 +81,7 @@ struct Import {
     /// What to call it, such as debian-12.7; a version that exists moves to the new image
     #[arg(long)]
     version: Option<String>,
-    /// raw or qcow2; found out by the contents when left out
+    /// raw, qcow2 or vmdk; found out by the contents when left out
     #[arg(long)]
     format: Option<String>,
     /// Do not wait for the end; prints the job

@@ -63,7 +63,7 @@ impl ImportOptions {
             Format::named(name).ok_or_else(|| Error::Invalid {
                 field: "format",
                 found: shown(name),
-                expected: Format::ALL.map(|format| format.to_string()).join(" or "),
+                expected: Format::ALL.map(|format| format.to_string()).join(", "),
             })
         });
         Ok(ImportOptions { version: version.cloned(), format: format.transpose()? })

@@ -9,6 +9,7 @@ use crate::digest::Digest;
 
 use super::Format;
 use super::qcow2::Fault;
+use super::vmdk::VmdkFault;
 
 /// Why the store refused or failed. It leaves nothing half-made behind.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +66,13 @@ pub enum StoreError {
         label: String,
         #[source]
         fault: Fault,
+    },
+    /// The same, of the other format.
+    #[error("{label} cannot be taken as VMDK")]
+    Vmdk {
+        label: String,
+        #[source]
+        fault: VmdkFault,
     },
     /// Somebody wrote to it meanwhile.
     #[error("{label} changed while it was read: stop what writes to it, and try again")]

@@ -17,11 +17,13 @@ pub enum Format {
     Raw,
     /// QEMU's, of version 2 or 3.
     Qcow2,
+    /// VMware's, all of a disk in one file.
+    Vmdk,
 }
 
 impl Format {
     /// All of them.
-    pub const ALL: [Format; 2] = [Format::Raw, Format::Qcow2];
+    pub const ALL: [Format; 3] = [Format::Raw, Format::Qcow2, Format::Vmdk];
 
     /// The format that is called `name`, if one is.
     pub fn named(name: &str) -> Option<Format> {
@@ -34,6 +36,7 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
         })
     }
 }
@@ -52,17 +55,17 @@ pub(super) enum Found {
 impl Found {
     pub(super) fn name(self) -> &'static str {
         match self {
-            Found::Known(Format::Raw) => "no qcow2: it does not begin with that format's mark",
+            Found::Known(Format::Raw) => "something else: it does not begin with that format's mark",
             Found::Known(Format::Qcow2) => "qcow2",
+            Found::Known(Format::Vmdk) => "vmdk",
             Found::Foreign { name, .. } => name,
         }
     }
 }
 
 /// Other disk formats: where their mark is, the mark, their name.
-const DISKS: [(usize, &[u8], &str); 9] = [
+const DISKS: [(usize, &[u8], &str); 8] = [
     (0, b"QFI\xfb\0\0\0\x01", "qcow of version 1"),
-    (0, b"KDMV", "VMDK"),
     (0, b"COWD", "VMDK"),
     (0, b"# Disk DescriptorFile", "a VMDK descriptor, whose data are in other files"),
     (0, b"vhdxfile", "VHDX"),
@@ -85,6 +88,7 @@ const PACKED: [(usize, &[u8], &str); 6] = [
 const PACKED_ADVICE: &str = "unpack it first";
 
 const QCOW2: &[u8] = b"QFI\xfb";
+const VMDK: &[u8] = b"KDMV";
 /// The mark of a fixed VHD is in the last sector only; before it are the disk's bytes.
 const VHD_FOOTER: &[u8] = b"conectix";
 const HEAD_BYTES: usize = 512;
@@ -102,6 +106,9 @@ pub(super) fn probe(file: &File, file_bytes: u64) -> io::Result<Found> {
     }
     if head.starts_with(QCOW2) {
         return Ok(Found::Known(Format::Qcow2));
+    }
+    if head.starts_with(VMDK) {
+        return Ok(Found::Known(Format::Vmdk));
     }
     if let Some(last) = file_bytes.checked_sub(HEAD_BYTES as u64) {
         file::read_at(file, Writable::from_mut_slice(&mut head), last)?;
@@ -130,7 +137,8 @@ mod tests {
         assert_eq!(found(b"QFI\xfb\0\0\0\x03"), Found::Known(Format::Qcow2));
         assert_eq!(found(b"QFI\xfb\0\0\0\x02"), Found::Known(Format::Qcow2));
         assert_eq!(found(b"QFI\xfb\0\0\0\x01").name(), "qcow of version 1");
-        assert_eq!(found(b"KDMV\x01").name(), "VMDK");
+        assert_eq!(found(b"KDMV\x01"), Found::Known(Format::Vmdk));
+        assert_eq!(found(b"COWD\x01").name(), "VMDK");
         assert_eq!(found(b"\xfd7zXZ\0\0").name(), "compressed with xz");
         let mut vhd = vec![7; 8192];
         vhd[8192 - 512..][..8].copy_from_slice(VHD_FOOTER);

@@ -51,7 +51,7 @@ impl Store {
                 None => pass.copy(&disk, &self.images)?,
             },
             // The spool, or the file, is only read.
-            (_contents, Format::Qcow2) => pass.copy(&disk, &self.images)?,
+            (_contents, Format::Qcow2 | Format::Vmdk) => pass.copy(&disk, &self.images)?,
         };
         drop(disk);
         incoming.sync(IMAGE_MODE, cancelled)?;

@@ -19,6 +19,7 @@ mod qcow2;
 mod source;
 mod sparse;
 mod spool;
+mod vmdk;
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
@@ -35,6 +36,7 @@ pub use format::Format;
 pub use qcow2::Fault;
 pub use source::Source;
 pub use spool::{Spool, Spooled};
+pub use vmdk::VmdkFault;
 
 /// The largest disk there is: as large as the largest delta.
 pub const IMAGE_BYTES_MAX: u64 = 64 << 40;

@@ -13,6 +13,7 @@ use super::StoreError;
 use super::format::{self, Format, Found};
 use super::qcow2::Qcow2;
 use super::spool::Spooled;
+use super::vmdk::Vmdk;
 
 /// What an image is imported from.
 pub struct Source {
@@ -78,6 +79,10 @@ impl Source {
                 let file = file.try_clone().map_err(unreadable)?;
                 Reader::Qcow2(Qcow2::open(file, &self.label, bytes, bytes_max)?)
             }
+            Format::Vmdk => {
+                let file = file.try_clone().map_err(unreadable)?;
+                Reader::Vmdk(Vmdk::open(file, &self.label, bytes, bytes_max)?)
+            }
         };
         Ok(Disk { file, label: self.label.clone(), stamp, reader })
     }
@@ -95,6 +100,7 @@ pub(super) struct Disk {
 enum Reader {
     Raw { bytes: u64 },
     Qcow2(Qcow2),
+    Vmdk(Vmdk),
 }
 
 impl Disk {
@@ -103,6 +109,7 @@ impl Disk {
         match &self.reader {
             Reader::Raw { bytes } => *bytes,
             Reader::Qcow2(image) => image.virtual_bytes(),
+            Reader::Vmdk(image) => image.virtual_bytes(),
         }
     }
 
@@ -110,6 +117,7 @@ impl Disk {
         match &self.reader {
             Reader::Raw { .. } => Format::Raw,
             Reader::Qcow2(_) => Format::Qcow2,
+            Reader::Vmdk(_) => Format::Vmdk,
         }
     }
 
@@ -119,6 +127,7 @@ impl Disk {
             Reader::Raw { .. } => read_sparse(&self.file, offset, into)
                 .map_err(|source| StoreError::Unreadable { label: self.label.clone(), source }),
             Reader::Qcow2(image) => image.read(offset, into),
+            Reader::Vmdk(image) => image.read(offset, into),
         }
     }
 

@@ -50,6 +50,54 @@ fn qcow2_of_all_kinds_gives_the_disk_that_was_put_in() {
 }
 
 #[test]
+fn vmdk_in_one_file_gives_the_disk_that_was_put_in() {
+    if !have("qemu-img") {
+        return;
+    }
+    let site = Site::new();
+    for (seed, kind) in ["monolithicSparse", "streamOptimized"].into_iter().enumerate() {
+        for (bytes, zeroed) in [(70 << 20, "on"), ((9 << 20) + 512 * 7, "off")] {
+            let disk = patchy(seed as u64, bytes);
+            let options = format!("subformat={kind},zeroed_grain={zeroed}");
+            let path = convert(&site, &site.write("disk.raw", &disk), &["-O", "vmdk", "-o", &options]);
+            let imported = site.import(&path, None).unwrap_or_else(|error| panic!("{kind}: {}", chain(&error)));
+            let mut whole = disk;
+            whole.resize(imported.bytes as usize, 0);
+            assert!(imported.bytes >= bytes as u64 && imported.bytes < bytes as u64 + (64 << 10), "{}", imported.bytes);
+            assert_eq!((imported.digest, imported.format), (digest_of(&whole), Format::Vmdk), "{kind}");
+            site.store.remove(&imported.digest).unwrap();
+
+            // Cut off anywhere, it is refused or gives nothing but what was put in.
+            let file = std::fs::read(&path).unwrap();
+            for cut in [3, 511, 600, 1024, file.len() / 2, file.len() - 512] {
+                match site.import(&site.write("cut.vmdk", &file[..cut]), None) {
+                    Ok(imported) => {
+                        assert_eq!(imported.digest, digest_of(&whole), "{cut}");
+                        site.store.remove(&imported.digest).unwrap();
+                    }
+                    Err(error) => assert!(chain(&error).contains("cut.vmdk"), "{cut}: {}", chain(&error)),
+                }
+            }
+            site.holds(&[]);
+        }
+    }
+    // Over a parent, or in several files.
+    let parent = site.path("parent.vmdk");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vmdk"]).arg(&parent).arg("4M"));
+    let child = site.path("child.vmdk");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b"]).args([&parent, &child]));
+    let error = site.import(&child, None).unwrap_err();
+    assert!(matches!(error, StoreError::Refers { what: "parent", .. }), "{}", chain(&error));
+    let split = site.path("split.vmdk");
+    let options = ["-o", "subformat=twoGbMaxExtentSparse"];
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vmdk"]).args(options).arg(&split).arg("4M"));
+    for path in [split, site.path("split-s001.vmdk")] {
+        let error = chain(&site.import(&path, None).unwrap_err());
+        assert!(error.contains("several files") || error.contains("in other files"), "{error}");
+    }
+}
+
+#[test]
 fn qcow2_that_a_guest_wrote_to_gives_what_the_guest_sees() {
     if !have("qemu-io") {
         return;
@@ -140,8 +188,6 @@ fn other_formats_are_named_in_the_refusal() {
     let site = Site::new();
     let raw = site.write("disk.raw", &patchy(1, 1 << 20));
     let kinds: &[(&[&str], &str)] = &[
-        (&["-O", "vmdk"], "VMDK"),
-        (&["-O", "vmdk", "-o", "subformat=streamOptimized"], "VMDK"),
         (&["-O", "vmdk", "-o", "subformat=monolithicFlat"], "VMDK descriptor"),
         (&["-O", "vdi"], "VDI"),
         (&["-O", "vhdx"], "VHDX"),

@@ -120,12 +120,21 @@ fn mutated_files_never_panic_and_leave_nothing() {
     }
     let site = Site::new();
     let store = site.store.clone().with_bytes_max(16 << 20);
-    let samples: Vec<Vec<u8>> = [&[][..], &["-c"], &["-o", "compat=0.10"], &["-o", "extended_l2=on,cluster_size=16k"]]
-        .iter()
-        .map(|options| sample(&site, 4, options).0)
-        .collect();
+    let mut samples: Vec<Vec<u8>> =
+        [&[][..], &["-c"], &["-o", "compat=0.10"], &["-o", "extended_l2=on,cluster_size=16k"]]
+            .iter()
+            .map(|options| sample(&site, 4, options).0)
+            .collect();
+    for kind in ["monolithicSparse", "streamOptimized"] {
+        let path = site.path("sample.vmdk");
+        let option = format!("subformat={kind}");
+        run(Command::new("qemu-img")
+            .args(["convert", "-O", "vmdk", "-o", &option, "-f", "raw"])
+            .args([&site.path("sample.raw"), &path]));
+        samples.push(std::fs::read(path).unwrap());
+    }
     let (mut refused, mut taken) = (0, 0);
-    for seed in 0..400 {
+    for seed in 0..600 {
         let mut random = StdRng::seed_from_u64(seed);
         let mut bytes = samples[random.random_range(0..samples.len())].clone();
         for _ in 0..random.random_range(1..6) {
@@ -140,7 +149,7 @@ fn mutated_files_never_panic_and_leave_nothing() {
                 1 => bytes[at] ^ 1 << random.random_range(0..8),
                 _ => random.random(),
             };
-            // The mark stays, so that it is taken as qcow2.
+            // The mark stays, so that it is taken as what it was.
             if (4..bytes.len()).contains(&at) {
                 bytes[at] = byte;
             }

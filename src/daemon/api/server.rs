@@ -1,7 +1,6 @@
 //! The listener: connections, who is at their other end, and how many there may be.
 
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -10,7 +9,6 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
-use axum::response::IntoResponse;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -85,11 +83,14 @@ pub async fn serve_unix(listener: UnixListener, host: Arc<Host>, end: impl Futur
             }
         };
         let caller = Caller { uid: peer.uid, gids: peer.gids, process: peer.process };
-        let entered = connections.enter(caller.uid);
-        if entered.is_none() {
-            host.connections_refused.fetch_add(1, Ordering::Relaxed);
+        match connections.enter(caller.uid) {
+            Some(entered) => _ = tokio::spawn(serve_connection(stream, router.clone(), Some(caller), entered)),
+            None => {
+                host.connections_refused.fetch_add(1, Ordering::Relaxed);
+                // All that is ever said on it: nothing is kept of a connection that there is no room for.
+                let _ = stream.try_write(refusal().as_bytes());
+            }
         }
-        tokio::spawn(serve_connection(stream, router.clone(), Some(caller), entered));
     }
 }
 
@@ -98,47 +99,43 @@ pub async fn serve_tcp(listener: TcpListener, router: Router) {
     let connections = Connections::default();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(serve_connection(stream, router.clone(), None, connections.enter(u32::MAX)));
-            }
+            Ok((stream, _)) => match connections.enter(u32::MAX) {
+                Some(entered) => _ = tokio::spawn(serve_connection(stream, router.clone(), None, entered)),
+                None => _ = stream.try_write(refusal().as_bytes()),
+            },
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     }
+}
+
+/// The answer to whoever has as many connections as there may be.
+fn refusal() -> String {
+    let detail = format!("this user has {CONNECTIONS_PER_USER_MAX} connections already: close some");
+    let Failure(problem) = Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", detail);
+    let body = serde_json::to_string(&problem).unwrap_or_default();
+    format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 async fn serve_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     router: Router,
     caller: Option<Caller>,
-    entered: Option<Connection>,
+    entered: Connection,
 ) {
-    let is_full = entered.is_none();
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
         let mut router = router.clone();
-        let caller = caller.clone();
-        async move {
-            if is_full {
-                let detail = format!("this user has {CONNECTIONS_PER_USER_MAX} connections already: close some");
-                let busy = Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", detail);
-                return Ok::<_, Infallible>(busy.into_response());
-            }
-            let mut request = request.map(Body::new);
-            if let Some(caller) = caller {
-                request.extensions_mut().insert(caller);
-            }
-            router.call(request).await
+        let mut request = request.map(Body::new);
+        if let Some(caller) = &caller {
+            request.extensions_mut().insert(caller.clone());
         }
+        async move { router.call(request).await }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE).max_buf_size(64 << 10).keep_alive(!is_full);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
-    // One that there is no room for is told so if it asks at once, and is not kept.
-    let result = if is_full {
-        tokio::time::timeout(Duration::from_millis(200), connection).await.unwrap_or(Ok(()))
-    } else {
-        connection.await
-    };
-    if let Err(error) = result {
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE).max_buf_size(64 << 10);
+    if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
         log::debug!("a connection of the API ended: {error}");
     }
     drop(entered);

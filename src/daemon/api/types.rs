@@ -78,7 +78,7 @@ pub struct ImportRequest {
     /// A name for people, such as `debian-12.7`. One that exists moves to the new image.
     #[serde(default)]
     pub version: Option<String>,
-    /// `raw` or `qcow2`; found out by the contents when left out.
+    /// `raw`, `qcow2` or `vmdk`; found out by the contents when left out.
     #[serde(default)]
     pub format: Option<String>,
 }
@@ -91,7 +91,7 @@ pub struct UploadQuery {
     /// A name for people, such as `debian-12.7`. One that exists moves to the new image.
     #[serde(default)]
     pub version: Option<String>,
-    /// `raw` or `qcow2`; found out by the contents when left out.
+    /// `raw`, `qcow2` or `vmdk`; found out by the contents when left out.
     #[serde(default)]
     pub format: Option<String>,
 }
