@@ -70,7 +70,7 @@ pub struct Start {
     pub driver: Driver,
     /// Whether it is the first on this connection.
     pub new_connection: bool,
-    /// The rings that have a place.
+    /// The rings that have a place and take part: they are to run, or the front end has said where they start since they stopped.
     pub rings: Vec<RingStart>,
 }
 
@@ -108,6 +108,11 @@ impl History {
     }
 
     fn is_boot(&self, start: &Start) -> bool {
+        let moved = |index: Option<u16>| index.is_some_and(|index| index != 0);
+        if start.rings.iter().any(|ring| moved(ring.base) || moved(ring.used)) {
+            // It goes on, also when it is the first that this keeper sees: a guest has come here with its memory.
+            return false;
+        }
         let Some(previous) = self.driver else {
             // Nobody has read anything, unless it was before this keeper's time.
             return !self.unknown;
@@ -153,6 +158,11 @@ mod tests {
     fn the_first_start_of_a_new_volume_is_one_and_of_a_resumed_one_is_not() {
         check(History::new(false, false), &[(Firmware, true, 0, 9, true)]);
         check(History::new(true, false), &[(Firmware, true, 0, 9, false), (OperatingSystem, false, 0, 40, false)]);
+    }
+
+    #[test]
+    fn a_guest_that_comes_from_elsewhere_goes_on() {
+        check(History::new(false, false), &[(OperatingSystem, true, 5, 9, false), (Firmware, false, 0, 9, true)]);
     }
 
     #[test]

@@ -43,6 +43,12 @@ pub enum WorkerError {
     /// There is nothing that could become larger.
     #[error("the volume is as large as its image: only one with a delta grows")]
     NoDelta,
+    /// What it holds would be lost.
+    #[error("an ephemeral volume does not grow while it is served: what it holds is known to its worker alone")]
+    Ephemeral,
+    /// The driver has been told what kind of disk it has.
+    #[error("it is {found}, and the driver has been told that its disk is {told}")]
+    Kind { found: &'static str, told: &'static str },
     /// The delta could not become larger.
     #[error(transparent)]
     Grow(#[from] open::OpenError),
@@ -192,8 +198,10 @@ impl Service {
     /// served, what was served until now still is. Whether it is.
     pub fn switch(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> bool {
         let Some(part) = self.staged.take() else { return false };
-        let started = Worker::start(&part, &self.offer, &self.counters)
-            .and_then(|(worker, opened)| worker.exchange(order, descriptors).map(|_| (worker, opened)));
+        let started = Worker::start(&part, &self.offer, &self.counters).and_then(|(worker, opened)| {
+            self.check_kind(&worker, &opened)?;
+            worker.exchange(order, descriptors).map(|_| (worker, opened))
+        });
         let (worker, opened) = match started {
             Ok(started) => started,
             Err(error) => {
@@ -215,6 +223,17 @@ impl Service {
         true
     }
 
+    /// Sees that a driver that was told of the disk as it is finds one of its kind: it does not ask again.
+    fn check_kind(&self, worker: &Worker, opened: &Opened) -> Result<(), WorkerError> {
+        let told = self.device.description().read_only;
+        if opened.read_only == told {
+            return Ok(());
+        }
+        worker.close()?;
+        let kind = |read_only| if read_only { "read-only" } else { "writable" };
+        Err(WorkerError::Kind { found: kind(opened.read_only), told: kind(told) })
+    }
+
     fn replace_device(&mut self, opened: &Opened) {
         let device = Device::new(opened.description(self.offer.queues));
         device.set_writeback(self.device.writeback());
@@ -226,6 +245,9 @@ impl Service {
     /// The outer error: there is no worker any more.
     pub fn grow(&mut self, bytes: u64) -> Result<Result<(), WorkerError>, WorkerError> {
         let Some(delta) = &self.part.delta else { return Ok(Err(WorkerError::NoDelta)) };
+        if delta.ephemeral {
+            return Ok(Err(WorkerError::Ephemeral));
+        }
         self.worker.close()?;
         let grown = open::read_header(&delta.file, &delta.label)
             .and_then(|header| grow::grow(&delta.file, &delta.label, &header, bytes));

@@ -88,6 +88,8 @@ struct Ring {
     /// Which entry of the available ring comes next, while it does not run; `None` as long as nobody has said. A ring may run
     /// before the front end says it, and then starts where the used ring says.
     next_available: Option<u16>,
+    /// Whether the front end has said so since it stopped the ring.
+    has_base: bool,
     kick: Option<File>,
     call: Option<File>,
     error: Option<File>,
@@ -226,7 +228,9 @@ impl<'k> Session<'k> {
 
     /// No ring runs, and one is about to. If this is the first start of the guest's boot, what is staged is served from here on.
     fn device_starts(&mut self) -> Result<()> {
-        let placed: Vec<usize> = (0..self.rings.len()).filter(|index| self.rings[*index].placed).collect();
+        // Not those that a driver before this one has left behind: firmware uses one ring where a kernel used many.
+        let takes_part = |ring: &Ring| ring.placed && (ring.should_run() || ring.has_base);
+        let placed: Vec<usize> = (0..self.rings.len()).filter(|index| takes_part(&self.rings[*index])).collect();
         let mut service = self.service();
         let used = match service.staged() {
             Some(_) => {
@@ -463,6 +467,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
             log::debug!("ring {index} runs already: not moved to entry {base}");
         } else {
             self.rings[ring].next_available = Some(base);
+            self.rings[ring].has_base = true;
         }
         Ok(())
     }
@@ -473,6 +478,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         let ring = &mut self.rings[found];
         // Started again by a new kick descriptor alone.
         ring.started = false;
+        ring.has_base = false;
         ring.kick = None;
         Ok(VhostUserVringState::new(index, ring.next_available.unwrap_or(0).into()))
     }

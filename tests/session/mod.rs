@@ -7,11 +7,13 @@
 pub mod client;
 pub mod guest;
 pub mod harness;
+mod managed;
 pub mod queue;
 mod raw;
 mod ring;
 mod target;
 
+mod boots;
 mod drain;
 mod driver;
 mod hostile;
