@@ -79,6 +79,10 @@ impl Host {
         self.pando(&[&["volume", "create", name, "--channel", channel, "--kind"], kind].concat());
     }
 
+    pub fn grow(&self, name: &str, size: &str) {
+        self.pando(&["volume", "grow", name, size]);
+    }
+
     pub fn volume(&self, name: &str) -> Value {
         self.pando(&["volume", "show", name])
     }

@@ -1,4 +1,4 @@
-//! A new image for guests that run: what each of them boots next, and that nothing but a boot changes anything.
+//! A new image, or a larger disk, for guests that run: what each of them boots next, and that nothing but a boot changes anything.
 //!
 //! Debian says twice which version of its image it is of: in /etc/os-release, which is in its root, and on its kernel's command
 //! line, which the boot loader reads beside the kernel. Both have to be of one version, always.
@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::host::Host;
-use crate::material::{self, directory};
+use crate::material::{self, Image, directory};
 use crate::process::wait_until;
 use crate::relay::Relay;
 use crate::vm::{Guest, REBOOT, Vm};
@@ -177,4 +177,34 @@ fn an_update_comes_at_a_boot_and_at_nothing_else() {
         machine.power_off();
         host.detach(name);
     }
+}
+
+#[test]
+fn a_guest_sees_its_disk_grow() {
+    const MIB: u64 = 1 << 20;
+    let dir = directory();
+    let host = Host::start(dir.path());
+    let image = Image::noise(dir.path(), 16, "grow");
+    host.import(Path::new(image.path()), "noise");
+    host.set_channel(CHANNEL, "noise");
+    host.create("fir", CHANNEL, &["cow"]);
+    let socket = host.attach("fir");
+    let script = "
+        bytes() { echo $(($(cat /sys/block/vda/size) * 512)); }
+        sum=$(sha256sum </dev/vda)
+        say before $(bytes)
+        until [ $(bytes) -gt 16777216 ]; do usleep 50000; done
+        say after $(bytes)
+        [ \"$(dd if=/dev/vda bs=1M count=16 2>/dev/null | sha256sum)\" = \"$sum\" ]
+        echo beyond | dd of=/dev/vda bs=512 seek=65535 conv=notrunc,fsync
+        echo 3 >/proc/sys/vm/drop_caches
+        say read $(dd if=/dev/vda bs=512 skip=65535 count=1 | head -n 1)
+    ";
+    let mut vm = Vm::start_on(dir.path(), "fir", Guest::Tiny, 1, &[&socket], script);
+    assert_eq!(vm.hear("before", 1), (16 * MIB).to_string());
+    host.grow("fir", "32M");
+    let said = vm.finish();
+    assert_eq!(said.one("after"), (32 * MIB).to_string());
+    assert_eq!(said.one("read"), "beyond");
+    host.detach("fir");
 }
