@@ -1,8 +1,10 @@
 //! Waiting: [`Epoll`] over descriptors, and event descriptors written without reading them.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use vmm_sys_util::eventfd::EventFd;
 
 /// A set of descriptors to wait for.
 pub struct Epoll {
@@ -55,4 +57,17 @@ pub fn signal(event: &File) -> io::Result<()> {
         8 => Ok(()),
         _ => Err(io::ErrorKind::WriteZero.into()),
     }
+}
+
+/// An event descriptor as any other file.
+pub fn into_file(event: EventFd) -> File {
+    // SAFETY: it is open, and nobody else owns it from here on.
+    unsafe { File::from_raw_fd(event.into_raw_fd()) }
+}
+
+/// Takes what has been added to an event descriptor; an error of kind `WouldBlock` when nothing has, if it does not wait.
+pub fn drain(event: &File) -> io::Result<u64> {
+    let mut count = [0; 8];
+    (&*event).read_exact(&mut count)?;
+    Ok(u64::from_ne_bytes(count))
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use super::device::SERIAL_BYTES;
@@ -51,8 +52,16 @@ pub struct AttachedDelta {
     pub file: File,
     /// What to call it in messages.
     pub label: String,
-    /// Whether it goes with the process: it has no name, and nothing in it is made durable.
+    /// Whether it goes with the backend: it has no name, and nothing in it is made durable.
     pub ephemeral: bool,
+}
+
+impl AttachedDelta {
+    /// Whether both are of one file.
+    pub fn is_same_file(&self, other: &AttachedDelta) -> bool {
+        let identity = |delta: &AttachedDelta| delta.file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+        matches!((identity(self), identity(other)), (Ok(one), Ok(two)) if one == two)
+    }
 }
 
 /// Where front ends come from.
@@ -70,4 +79,6 @@ pub struct Offer {
     pub queues: u16,
     /// The largest ring that is taken, in descriptors: a power of two.
     pub ring_size_max: u16,
+    /// Whether account is kept of what is in flight. Without it, a worker that dies takes requests with it: for measuring.
+    pub tracks_inflight: bool,
 }

@@ -86,7 +86,7 @@ impl Device {
 
     /// The vhost-user protocol features offered.
     ///
-    /// Not among them yet, until a session outlives its worker: `INFLIGHT_SHMFD`, `LOG_SHMFD`, `DEVICE_STATE`.
+    /// Not among them yet: `LOG_SHMFD`, `DEVICE_STATE`.
     pub fn protocol_features() -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
@@ -94,6 +94,7 @@ impl Device {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     /// `size` bytes of the configuration space at `offset`; what lies past its end reads as zeros.

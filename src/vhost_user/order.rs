@@ -10,16 +10,18 @@ use crate::sys::guest::RegionPlace;
 use crate::sys::socket::DESCRIPTORS_MAX;
 
 use super::device::SERIAL_BYTES;
+use super::inflight::RegionShape;
 use super::ring::RingPlace;
 
 /// Regions of guest memory that fit into one message: each has a descriptor.
 pub const REGIONS_MAX: usize = 128;
-const _: () = assert!(REGIONS_MAX + 3 <= DESCRIPTORS_MAX);
+const _: () = assert!(REGIONS_MAX + 5 <= DESCRIPTORS_MAX);
 
 /// What the worker is to be.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// The first: which volume. Descriptors: the counters, the base if there is one, the delta if there is one.
+    /// The first: which volume. Descriptors: the counters, the vitals, what to write to be watched, the base if there is one, the delta if
+    /// there is one.
     Open(VolumeOrder),
     /// How the guest's side stands now.
     Become(SessionOrder),
@@ -69,6 +71,8 @@ pub struct SessionOrder {
     pub writeback: bool,
     /// All regions of the guest's memory, if they have changed. Descriptors: one for each.
     pub memory: Option<Vec<RegionPlace>>,
+    /// Where to keep account of what is in flight, if that has changed. Descriptor: its memory.
+    pub inflight: Option<RegionShape>,
     /// Rings that have changed. Descriptors: for each that runs, kick, then call and error if it has them.
     pub rings: Vec<RingOrder>,
 }

@@ -4,6 +4,7 @@
 //! one store, and notifies the driver at most once. It owns its ring: whatever changes about a ring stops the thread and
 //! starts another, so there is nothing to lock.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fs::File;
 use std::io;
@@ -25,6 +26,8 @@ use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
 use super::request::{self, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
+use super::steps::{self, Step};
+use super::vitals::Vitals;
 
 /// Requests of one batch: enough to share the costs of a batch; few enough that the driver handles the last batch's
 /// completions while this one is served, so that neither side sleeps.
@@ -39,6 +42,8 @@ pub struct Queue {
     pub index: u16,
     /// The ring.
     pub ring: Ring,
+    /// Requests that the last worker has taken and not completed, in the order of taking.
+    pub inherited: VecDeque<u16>,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -49,6 +54,8 @@ pub struct Queue {
     pub features: u64,
     /// Where to count what is done.
     pub counters: Arc<Counters>,
+    /// Where to show that it lives.
+    pub vitals: Arc<Vitals>,
     /// Written by the driver when requests wait.
     pub kick: File,
     /// Written for the driver when completions wait.
@@ -171,15 +178,32 @@ impl Queue {
         // What was completed before this call descriptor came was told to another one, or to none.
         self.notify(stop, complaints);
         self.ring.suspend_kicks();
-        while !stop.asked.load(Ordering::Acquire) {
-            let waiting = self.ring.waiting()?;
-            if waiting > 0 {
+        steps::reach(Step::Recovered);
+        let mut inherits = !self.inherited.is_empty();
+        if inherits {
+            log::info!(
+                "ring {}: {} requests of the last worker's are carried out again",
+                self.index,
+                self.inherited.len()
+            );
+            self.vitals.inherit();
+        }
+        while inherits || !stop.asked.load(Ordering::Acquire) {
+            // What is inherited comes alone, ahead of all that was never taken.
+            let waiting = if inherits { 0 } else { self.ring.waiting()? };
+            if inherits || waiting > 0 {
                 let taken = Instant::now();
+                self.vitals.begin(self.index);
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
                 // What was taken is completed also when the ring broke behind it.
                 self.finish_batch(&mut completions, &mut batch, &mut tally, stop, complaints);
                 tally.count(&self.counters, self.index, taken.elapsed());
+                self.vitals.end(self.index);
                 result?;
+                if inherits && self.inherited.is_empty() {
+                    self.vitals.inheritance_done();
+                    inherits = false;
+                }
             } else if !self.ring.resume_kicks() {
                 epoll.wait().map_err(QueueError::Wait)?;
                 self.ring.suspend_kicks();
@@ -199,11 +223,22 @@ impl Queue {
         complaints: &mut Complaints,
     ) -> Result<(), RingError> {
         let mut bytes = 0;
-        for _ in 0..waiting.min(BATCH_REQUESTS) {
+        let mut waiting = waiting;
+        for _ in 0..BATCH_REQUESTS {
             if bytes >= BATCH_BYTES {
                 break;
             }
-            let head = self.ring.take()?;
+            let head = match self.inherited.pop_front() {
+                Some(head) => head,
+                None if waiting == 0 => break,
+                None => match self.ring.take() {
+                    Ok(head) => head,
+                    // All that is in flight is in this batch, and free again after it.
+                    Err(RingError::InFlight { .. }) if !completions.is_empty() => break,
+                    Err(error) => return Err(error),
+                },
+            };
+            waiting = waiting.saturating_sub(1);
             if let Err(error) = self.ring.chain(head, memory, chain) {
                 complaints.guests(&error);
                 // Without a chain there is no place for a status either; the driver gets its descriptors back.
@@ -227,6 +262,7 @@ impl Queue {
                     error.status()
                 }
             };
+            steps::reach(Step::Executed);
             let data_bytes = if status == Status::Ok { outcome.data_bytes } else { 0 };
             bytes += chain.bytes();
             completions.push(Completion {
@@ -279,6 +315,7 @@ impl Queue {
         {
             complaints.hosts(&NotifyError(error));
         }
+        steps::reach(Step::Notified);
     }
 }
 

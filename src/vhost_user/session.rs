@@ -3,6 +3,9 @@
 //! Holds what the front end has said (features, memory, rings, event descriptors) and turns each change that matters into an order
 //! for the worker. A ring runs while it has a place, a kick descriptor, memory, and is both started and enabled; the front end may say
 //! these things in any order, and again. Maps no guest memory and touches no ring.
+//!
+//! A worker may die at any time. Another one is then told all that the last one knew, and goes on with what was in flight; an order that the
+//! last one has not answered is given again. The front end waits a little longer for its answer, and sees nothing.
 
 use std::fs::File;
 use std::io;
@@ -21,6 +24,7 @@ use crate::sys::socket;
 
 use super::boot::{Driver, RingStart, Start};
 use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
+use super::inflight::{self, InflightError, RegionShape};
 use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder};
 use super::ring::RingPlace;
 use super::service::{Service, WorkerError, chain_of};
@@ -51,6 +55,16 @@ pub enum Refusal {
     /// A region that is not there.
     #[error("memory region {place:x?} is to be removed and does not exist")]
     UnknownRegion { place: RegionPlace },
+    /// A region for what is in flight that cannot be used.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    /// The system said no.
+    #[error("cannot {action}")]
+    System {
+        action: &'static str,
+        #[source]
+        source: io::Error,
+    },
     /// Something that was not offered.
     #[error("{what} was not offered")]
     NotOffered { what: &'static str },
@@ -70,6 +84,8 @@ pub struct Session<'k> {
     service: &'k Mutex<Service>,
     features: u64,
     regions: Vec<(RegionPlace, File)>,
+    /// The front end's memory for what is in flight, if it offers any.
+    inflight: Option<(RegionShape, File)>,
     rings: Vec<Ring>,
     /// Whether no ring has run yet.
     is_new: bool,
@@ -120,19 +136,116 @@ impl<'k> Session<'k> {
             service.offer().queues
         };
         let rings = (0..queues).map(|_| Ring::default()).collect();
-        Session { service, features: 0, regions: Vec::new(), rings, is_new: true, channel: None, _channel: None }
+        Session {
+            service,
+            features: 0,
+            regions: Vec::new(),
+            inflight: None,
+            rings,
+            is_new: true,
+            channel: None,
+            _channel: None,
+        }
     }
 
     fn service(&self) -> MutexGuard<'k, Service> {
         lock(self.service)
     }
 
+    /// Has the worker carry out an order; if it dies, its successor.
     fn ask(
         &self,
         order: SessionOrder,
         descriptors: &[BorrowedFd<'_>],
     ) -> std::result::Result<Vec<(u16, u16)>, WorkerError> {
-        self.service().ask(&Order::Become(order), descriptors)
+        let order = Order::Become(order);
+        self.surviving(|service| service.ask(&order, descriptors))
+    }
+
+    /// Does something with the worker, and again with its successor if it dies.
+    fn surviving<T>(
+        &self,
+        mut act: impl FnMut(&mut Service) -> std::result::Result<T, WorkerError>,
+    ) -> std::result::Result<T, WorkerError> {
+        loop {
+            let result = act(&mut self.service());
+            match result {
+                Err(error) if error.is_death() => self.revive()?,
+                other => return other,
+            }
+        }
+    }
+
+    /// Has another worker go on where one that has died was.
+    ///
+    /// # Errors
+    /// When asked to stop, or when it cannot go on with what the front end has given.
+    pub fn revive(&self) -> std::result::Result<(), WorkerError> {
+        loop {
+            self.service().replace_dead()?;
+            match self.tell_all() {
+                Err(error) if error.is_death() => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Tells a worker that knows nothing how the guest's side stands.
+    fn tell_all(&self) -> std::result::Result<(), WorkerError> {
+        let mut service = self.service();
+        let rings =
+            self.running().into_iter().map(|index| self.ring_order(index, service.inflight().is_some())).collect();
+        let order = SessionOrder { rings, ..self.standing(&service) };
+        let inflight = self.inflight_file(&service)?;
+        let descriptors: Vec<BorrowedFd> = self
+            .region_files()
+            .chain(inflight.iter().map(AsFd::as_fd))
+            .chain(self.running().into_iter().flat_map(|index| self.rings[index].events()))
+            .collect();
+        service.ask(&Order::Become(order), &descriptors).map(drop)
+    }
+
+    /// How the guest's side stands, without its rings. Descriptors: those of the regions, then that of the inflight memory.
+    fn standing(&self, service: &Service) -> SessionOrder {
+        SessionOrder {
+            features: self.features,
+            writeback: service.device().writeback(),
+            memory: Some(self.regions.iter().map(|(place, _)| *place).collect()),
+            inflight: self.inflight_shape(service),
+            rings: Vec::new(),
+        }
+    }
+
+    fn region_files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.regions.iter().map(|(_, file)| file.as_fd())
+    }
+
+    fn inflight_shape(&self, service: &Service) -> Option<RegionShape> {
+        match (&self.inflight, service.inflight()) {
+            (Some((shape, _)), _) => Some(*shape),
+            (None, own) => own.map(|own| own.shape),
+        }
+    }
+
+    fn inflight_file(&self, service: &Service) -> std::result::Result<Option<OwnedFd>, WorkerError> {
+        let file = match (&self.inflight, service.inflight()) {
+            (Some((_, file)), _) => Some(file),
+            (None, own) => own.map(|own| &own.file),
+        };
+        file.map(|file| file.as_fd().try_clone_to_owned()).transpose().map_err(WorkerError::Start)
+    }
+
+    /// How a ring is to run.
+    fn ring_order(&self, index: usize, is_tracked: bool) -> RingOrder {
+        let ring = &self.rings[index];
+        let run = RingRun {
+            place: ring.place,
+            // Of a ring that has run, its account knows better. Without one, the used index is what there is.
+            next_available: if ring.runs && !is_tracked { None } else { ring.next_available },
+            has_call: ring.call.is_some(),
+            has_error: ring.error.is_some(),
+        };
+        RingOrder { index: index as u16, run: Some(run) }
     }
 
     /// Takes the descriptor over at which the front end takes messages.
@@ -154,13 +267,14 @@ impl<'k> Session<'k> {
 
     /// Stops all rings and forgets the guest's memory.
     pub fn end(&mut self) -> std::result::Result<(), WorkerError> {
+        // First the one and then the other: what is in flight needs the memory, whoever completes it.
+        let running = self.running();
+        let rings = running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect();
+        self.ask(SessionOrder { rings, ..self.order() }, &[])?;
+        running.into_iter().for_each(|index| self.rings[index].runs = false);
         self.regions.clear();
         self.features = 0;
-        let running = self.running();
-        running.iter().for_each(|index| self.rings[*index].runs = false);
-        let rings = running.into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
-        let order = SessionOrder { memory: Some(Vec::new()), rings, ..self.order() };
-        self.ask(order, &[]).map(drop)
+        self.ask(SessionOrder { memory: Some(Vec::new()), ..self.order() }, &[]).map(drop)
     }
 
     fn running(&self) -> Vec<usize> {
@@ -212,15 +326,19 @@ impl<'k> Session<'k> {
         if self.rings.iter().all(|ring| !ring.runs) {
             self.device_starts()?;
         }
-        let ring = &self.rings[index];
-        let run = RingRun {
-            place: ring.place,
-            next_available: ring.next_available,
-            has_call: ring.call.is_some(),
-            has_error: ring.error.is_some(),
+        let is_tracked = {
+            let service = self.service();
+            // A region of the front end's knows what was there before this connection; ours knows of this start at most.
+            if self.inflight.is_none()
+                && let Some(own) = service.inflight()
+            {
+                let system = |source| Refusal::System { action: "clear the account of what is in flight", source };
+                own.shape.clear(&own.file, index as u16).map_err(system)?;
+            }
+            service.inflight().is_some()
         };
-        let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: Some(run) }], ..self.order() };
-        let descriptors: Vec<BorrowedFd> = ring.events().collect();
+        let order = SessionOrder { rings: vec![self.ring_order(index, is_tracked)], ..self.order() };
+        let descriptors: Vec<BorrowedFd> = self.rings[index].events().collect();
         self.ask(order, &descriptors).map_err(Refusal::from)?;
         self.rings[index].runs = true;
         Ok(())
@@ -231,14 +349,12 @@ impl<'k> Session<'k> {
         // Not those that a driver before this one has left behind: firmware uses one ring where a kernel used many.
         let takes_part = |ring: &Ring| ring.placed && (ring.should_run() || ring.has_base);
         let placed: Vec<usize> = (0..self.rings.len()).filter(|index| takes_part(&self.rings[*index])).collect();
-        let mut service = self.service();
-        let used = match service.staged() {
-            Some(_) => {
-                let places = placed.iter().map(|index| self.rings[*index].place).collect();
-                service.used_indexes(places).map_err(Refusal::from)?
-            }
+        let used = if self.service().has_staged() {
+            let places = || placed.iter().map(|index| self.rings[*index].place).collect();
+            self.surviving(|service| service.used_indexes(places())).map_err(Refusal::from)?
+        } else {
             // Nothing depends on it.
-            None => vec![None; placed.len()],
+            vec![None; placed.len()]
         };
         let ring = |(index, used): (&usize, Option<u16>)| RingStart {
             index: *index,
@@ -251,12 +367,12 @@ impl<'k> Session<'k> {
             rings: placed.iter().zip(used).map(ring).collect(),
         };
         self.is_new = false;
+        let mut service = self.service();
         if service.starts(&start) {
             let bytes = service.device().description().bytes;
-            let writeback = service.device().writeback();
-            let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
-            let order = SessionOrder { features: self.features, writeback, memory, rings: Vec::new() };
-            let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
+            let order = self.standing(&service);
+            let inflight = self.inflight_file(&service).map_err(Refusal::from)?;
+            let descriptors: Vec<BorrowedFd> = self.region_files().chain(inflight.iter().map(AsFd::as_fd)).collect();
             let switched = service.switch(&Order::Become(order), &descriptors);
             if switched && service.device().description().bytes != bytes {
                 self.tell_config_change();
@@ -266,20 +382,18 @@ impl<'k> Session<'k> {
     }
 
     /// Makes the volume larger under a guest that may be running: its rings stop, and go on where they were.
-    ///
-    /// The outer error: the volume is not served any more.
-    pub fn grow(&mut self, bytes: u64) -> std::result::Result<std::result::Result<(), WorkerError>, WorkerError> {
+    pub fn grow(&mut self, bytes: u64) -> std::result::Result<(), WorkerError> {
         let running = self.running();
         let order = SessionOrder {
             rings: running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect(),
             ..self.order()
         };
         for (ring, position) in self.ask(order, &[])? {
-            let ring = &mut self.rings[usize::from(ring)];
-            (ring.runs, ring.next_available) = (false, Some(position));
+            self.rings[usize::from(ring)].next_available = Some(position);
         }
+        running.iter().for_each(|index| self.rings[*index].runs = false);
         let before = self.service().device().description().bytes;
-        let grown = self.service().grow(bytes)?;
+        let grown = self.service().grow(bytes);
         let resumed = self.tell_memory().and_then(|()| running.into_iter().try_for_each(|index| self.start(index)));
         if let Err(error) = resumed {
             // The front end's own fault, and it finds its rings stopped; what it says next is answered.
@@ -288,7 +402,7 @@ impl<'k> Session<'k> {
         if self.service().device().description().bytes != before {
             self.tell_config_change();
         }
-        Ok(grown)
+        grown
     }
 
     /// Whether a ring lies in the memory as it is now.
@@ -315,9 +429,11 @@ impl<'k> Session<'k> {
                 self.stop(index)?;
             }
         }
-        let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
-        let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
-        let order = SessionOrder { memory, ..self.order() };
+        let (order, inflight) = {
+            let service = self.service();
+            (self.standing(&service), self.inflight_file(&service).map_err(Refusal::from)?)
+        };
+        let descriptors: Vec<BorrowedFd> = self.region_files().chain(inflight.iter().map(AsFd::as_fd)).collect();
         self.ask(order, &descriptors).map_err(Refusal::from)?;
         for index in 0..self.rings.len() {
             if self.is_in_memory(index) {
@@ -536,12 +652,22 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         not_offered("a shared object")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered("an inflight region")
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let VhostUserInflight { num_queues, queue_size, .. } = *asked;
+        let shape = RegionShape::new(num_queues, queue_size);
+        shape.check().map_err(Refusal::from)?;
+        let system = |source| Refusal::System { action: "make memory for what is in flight", source };
+        let file = inflight::create(&shape).map_err(system)?;
+        Ok((VhostUserInflight { mmap_size: shape.bytes, mmap_offset: 0, num_queues, queue_size }, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered("an inflight region")
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *given;
+        let shape = RegionShape { offset: mmap_offset, bytes: mmap_size, slots: num_queues, ring_size: queue_size };
+        shape.check().map_err(Refusal::from)?;
+        self.inflight = Some((shape, file));
+        // The worker gets it with the memory, at the latest.
+        if self.regions.is_empty() { Ok(()) } else { self.tell_memory() }
     }
 
     fn set_device_state_fd(

@@ -207,7 +207,13 @@ impl Client {
     /// One step of a ring's set-up.
     #[track_caller]
     pub fn step(&mut self, index: usize, step: Step, base: u16) {
-        let (front_end, ring) = (&self.front_end, &self.queues[index].ring);
+        self.step_of(&self.queues[index].ring, index, step, base);
+    }
+
+    /// One step of the set-up of a ring that is elsewhere.
+    #[track_caller]
+    pub fn step_of(&self, ring: &Ring, index: usize, step: Step, base: u16) {
+        let front_end = &self.front_end;
         let result = match step {
             Step::Num => front_end.set_vring_num(index, ring.size),
             Step::Base => front_end.set_vring_base(index, base),

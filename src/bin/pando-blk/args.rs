@@ -42,6 +42,8 @@ What is offered:
   --serial TEXT        the disk's serial number, up to 20 characters (one of its own for each delta)
 
   --log LEVEL          error, warn, info (the default), debug or trace, to standard error
+  --no-inflight        keep no account of requests in flight, to measure what it costs: a crash may then lose some
+
   --print-capabilities print what QEMU's conventions ask for, as JSON
   --help, --version
 
@@ -73,6 +75,7 @@ pub struct Options {
     pub queues: u16,
     pub ring_size_max: u16,
     pub serial: Option<String>,
+    pub tracks_inflight: bool,
     pub log_level: log::LevelFilter,
 }
 
@@ -115,6 +118,7 @@ struct Typed {
     queues: Option<u16>,
     ring_size_max: Option<u16>,
     serial: Option<String>,
+    no_inflight: bool,
     log_level: Option<log::LevelFilter>,
 }
 
@@ -147,6 +151,7 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
                 let directory = parser.optional_value().unwrap_or_else(|| "/var/tmp".into());
                 once(&mut typed.ephemeral, "--ephemeral", directory.into())?;
             }
+            Long("no-inflight") => typed.no_inflight = true,
             Long("read-only") => typed.read_only = true,
             Long("size") => once(&mut typed.size, "--size", value::<ByteCount>(&mut parser, "--size")?.0)?,
             Long("cluster-size") => {
@@ -247,6 +252,7 @@ impl Typed {
             queues,
             ring_size_max,
             serial: self.serial,
+            tracks_inflight: !self.no_inflight,
             log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
         })
     }

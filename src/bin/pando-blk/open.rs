@@ -77,7 +77,11 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
     let attachment = Attachment {
         part: Part { tag: String::new(), base: base.map(|base| base.file), delta, serial },
         endpoint,
-        offer: Offer { queues: options.queues, ring_size_max: options.ring_size_max },
+        offer: Offer {
+            queues: options.queues,
+            ring_size_max: options.ring_size_max,
+            tracks_inflight: options.tracks_inflight,
+        },
         counters: counters::create().context("cannot make a page for the counters")?,
         name: options.place.to_string(),
         resumed: false,

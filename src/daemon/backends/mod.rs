@@ -79,6 +79,8 @@ pub enum Notice {
     Connected { attachment: i64, connected: bool, detail: String },
     /// The worker died, and the keeper has another.
     WorkerDied { attachment: i64, status: String },
+    /// Something else has happened that an operator wants to know of.
+    Incident { attachment: i64, kind: &'static str, detail: String },
 }
 
 /// What a backend is to serve, open.
@@ -251,6 +253,20 @@ impl Backends {
                     Notice::Connected { attachment, connected: false, detail: reason }
                 }
                 Some(Event::WorkerDied { status }) => Notice::WorkerDied { attachment, status },
+                Some(Event::WorkerHeld { seconds }) => {
+                    let detail = format!(
+                        "too many died one after another; the next is tried after {seconds} s, or when told to"
+                    );
+                    Notice::Incident { attachment, kind: "worker.held", detail }
+                }
+                Some(Event::WorkerResumed) => {
+                    Notice::Incident { attachment, kind: "worker.resumed", detail: String::new() }
+                }
+                Some(Event::Latched { file }) => {
+                    let detail =
+                        format!("a sync of {file} failed: writes and flushes are refused until it is attached anew");
+                    Notice::Incident { attachment, kind: "volume.latched", detail }
+                }
             };
             // Nobody listens any more when the daemon ends.
             let _ = notices.send(notice);
