@@ -249,6 +249,7 @@ impl Host {
             control: self.places.control_socket(id),
             part: self.part(row.image, delta.as_ref(), &row.serial)?,
             queues: row.queues,
+            hold_ms: volume.hold_ms,
             resumed,
             kernel_from_vmm: row.kernel_from_vmm,
         })?;

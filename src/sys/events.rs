@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -38,10 +39,12 @@ impl Epoll {
         epoll::ctl(self.descriptor.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
     }
 
-    /// Waits until a descriptor of the set wakes it.
-    pub fn wait(&self) -> io::Result<()> {
+    /// Waits until a descriptor of the set wakes it, at most so long.
+    pub fn wait(&self, limit: Option<Duration>) -> io::Result<()> {
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 4];
-        match epoll::wait(self.descriptor.as_raw_fd(), -1, &mut events) {
+        // Rounded up: what is left below a millisecond is not a busy loop.
+        let timeout_ms = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
+        match epoll::wait(self.descriptor.as_raw_fd(), timeout_ms, &mut events) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
             _ => Ok(()),
         }

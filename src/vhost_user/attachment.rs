@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
 use super::device::SERIAL_BYTES;
 
@@ -81,4 +82,9 @@ pub struct Offer {
     pub ring_size_max: u16,
     /// Whether account is kept of what is in flight. Without it, a worker that dies takes requests with it: for measuring.
     pub tracks_inflight: bool,
+    /// How long a request waits while the delta's file system is full; zero: it fails at once.
+    pub hold: Duration,
 }
+
+/// How long a request waits for room, if nobody says otherwise.
+pub const HOLD_DEFAULT: Duration = Duration::from_secs(60);

@@ -53,6 +53,8 @@ pub struct Serve {
     pub name: String,
     /// A guest may be running from the volume already, whose past is not known.
     pub resumed: bool,
+    /// How long a request waits while the delta's file system is full, in milliseconds; 0: it fails at once.
+    pub hold_ms: u64,
     /// The VMM loads the guest's kernel, so that every driver that starts from nothing is a boot.
     pub kernel_from_vmm: bool,
 }
@@ -107,6 +109,12 @@ pub enum Event {
     WorkerHeld { seconds: u64 },
     /// Another worker is tried.
     WorkerResumed,
+    /// The delta's file system is full: so many requests wait for room.
+    Full { held: u64 },
+    /// None waits any more.
+    SpaceBack,
+    /// The delta's file system has only so many bytes left.
+    LowSpace { bytes: u64 },
     /// A sync of the delta has failed: no write or flush is reported as done from now on.
     Latched { file: String },
 }

@@ -10,6 +10,9 @@ use crate::units::SECTOR_BYTES;
 /// The feature bit by which a front end says that it knows protocol features, and that rings start disabled.
 pub const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
 
+/// The feature bit by which a front end has every write to guest memory logged (VHOST_F_LOG_ALL).
+pub const LOG_ALL_BIT: u64 = 1 << 26;
+
 /// Bytes of a serial number, which GET_ID answers.
 pub const SERIAL_BYTES: usize = virtio_blk::VIRTIO_BLK_ID_BYTES as usize;
 
@@ -170,6 +173,11 @@ pub fn serial_from(text: &str) -> [u8; SERIAL_BYTES] {
         *to = from;
     }
     serial
+}
+
+/// Whether the front end has every write to guest memory logged, because the guest is on its way to another host.
+pub fn logs_writes(features: u64) -> bool {
+    features & LOG_ALL_BIT != 0
 }
 
 #[cfg(test)]

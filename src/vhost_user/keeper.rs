@@ -115,7 +115,12 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
     let attachment = Attachment {
         part,
         endpoint: Endpoint::Listening(UnixListener::from(front_ends)),
-        offer: Offer { queues: serve.queues, ring_size_max: serve.ring_size_max, tracks_inflight: true },
+        offer: Offer {
+            queues: serve.queues,
+            ring_size_max: serve.ring_size_max,
+            tracks_inflight: true,
+            hold: Duration::from_millis(serve.hold_ms),
+        },
         counters: File::from(counters),
         name: serve.name,
         resumed: serve.resumed,

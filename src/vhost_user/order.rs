@@ -42,6 +42,8 @@ pub struct VolumeOrder {
     pub queues: u16,
     /// What GET_ID answers; `None`: the worker makes one of the delta's UUID.
     pub serial: Option<[u8; SERIAL_BYTES]>,
+    /// How long a request waits while the delta's file system is full, in milliseconds; 0: it fails at once.
+    pub hold_ms: u64,
     /// How much to log.
     pub log_level: u8,
 }
@@ -82,7 +84,7 @@ pub struct SessionOrder {
 pub struct RingOrder {
     /// Its number.
     pub index: u16,
-    /// How it is to run; `None`: not at all, with all that it has taken complete.
+    /// How it is to run; `None`: not at all, with all that it has taken complete but for what waits for room.
     pub run: Option<RingRun>,
 }
 
@@ -104,12 +106,23 @@ pub struct RingRun {
 pub enum Answer {
     /// To [`Order::Open`]: what the volume turned out to be.
     Opened(Opened),
-    /// Done. For each ring that was told to stop and ran: which entry of the available ring comes next.
-    Done(Vec<(u16, u16)>),
+    /// Done. Where each ring stopped that was told to and ran.
+    Done(Vec<RingStop>),
     /// To [`Order::Look`]: for each place its used index; none where there is no memory.
     Looked(Vec<Option<u16>>),
     /// Not done, and why; an error chain in one line.
     Failed(String),
+}
+
+/// Where a ring stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingStop {
+    /// Its number.
+    pub index: u16,
+    /// Which entry of the available ring comes next.
+    pub next_available: u16,
+    /// Requests that wait for room in the delta's file system, and that its account still says are in flight.
+    pub held: u16,
 }
 
 /// What a volume is.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::block::{Batch, Volume};
+use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
 use crate::sys::guest::GuestMemory;
@@ -24,6 +24,8 @@ use crate::sys::process;
 
 use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
+use super::hold::Hold;
+use super::order::RingStop;
 use super::request::{self, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
 use super::steps::{self, Step};
@@ -42,8 +44,11 @@ pub struct Queue {
     pub index: u16,
     /// The ring.
     pub ring: Ring,
-    /// Requests that the last worker has taken and not completed, in the order of taking.
-    pub inherited: VecDeque<u16>,
+    /// Requests to carry out ahead of all that was never taken. At first: those that the last worker has taken and not completed, in the order
+    /// of taking.
+    pub again: VecDeque<u16>,
+    /// Requests that wait for room.
+    pub hold: Hold,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -66,7 +71,7 @@ pub struct Queue {
 
 /// A queue's thread.
 pub struct RunningQueue {
-    thread: JoinHandle<u16>,
+    thread: JoinHandle<RingStop>,
     /// Disconnected when the thread ends.
     end: Receiver<Infallible>,
     stop: Arc<Stop>,
@@ -104,8 +109,8 @@ impl RunningQueue {
         Ok(RunningQueue { thread, end, stop })
     }
 
-    /// Stops the thread once all requests that it has taken are complete, and says which entry of the available ring comes next.
-    pub fn stop(self) -> io::Result<u16> {
+    /// Stops the thread once all requests that it has taken are complete, but for those that wait for room.
+    pub fn stop(self) -> io::Result<RingStop> {
         self.stop.asked.store(true, Ordering::Release);
         self.stop.wake.write(1)?;
         while self.end.recv_timeout(NOTIFY_PATIENCE) == Err(RecvTimeoutError::Timeout) {
@@ -145,7 +150,7 @@ struct Completion<'m> {
 }
 
 impl Queue {
-    fn serve(mut self, epoll: &Epoll, stop: &Stop) -> u16 {
+    fn serve(mut self, epoll: &Epoll, stop: &Stop) -> RingStop {
         let mut complaints = Complaints::new(self.index);
         if let Err(error) = self.serve_until_stopped(epoll, stop, &mut complaints) {
             log::error!("ring {}: {error}; it is served no further", self.index);
@@ -155,13 +160,18 @@ impl Queue {
                 log::warn!("ring {}: cannot tell the front end so: {error}", self.index);
             }
             while !stop.asked.load(Ordering::Acquire) {
-                if let Err(error) = epoll.wait() {
+                if let Err(error) = epoll.wait(None) {
                     log::error!("ring {}: cannot wait: {error}", self.index);
                     break;
                 }
             }
         }
-        self.ring.next_available()
+        RingStop {
+            index: self.index,
+            next_available: self.ring.next_available(),
+            // No more than the ring has descriptors.
+            held: self.hold.len() as u16,
+        }
     }
 
     fn serve_until_stopped(
@@ -179,19 +189,25 @@ impl Queue {
         self.notify(stop, complaints);
         self.ring.suspend_kicks();
         steps::reach(Step::Recovered);
-        let mut inherits = !self.inherited.is_empty();
+        let mut inherits = !self.again.is_empty();
         if inherits {
-            log::info!(
-                "ring {}: {} requests of the last worker's are carried out again",
-                self.index,
-                self.inherited.len()
-            );
+            log::info!("ring {}: {} requests of the last worker's are carried out again", self.index, self.again.len());
             self.vitals.inherit();
         }
-        while inherits || !stop.asked.load(Ordering::Acquire) {
-            // What is inherited comes alone, ahead of all that was never taken.
-            let waiting = if inherits { 0 } else { self.ring.waiting()? };
-            if inherits || waiting > 0 {
+        loop {
+            if self.again.is_empty() && stop.asked.load(Ordering::Acquire) {
+                // What waits for room waits on where this ring goes, unless nobody there knows of it.
+                if self.hold.is_empty() || !device::logs_writes(self.features) {
+                    break;
+                }
+                self.hold.give_up();
+            }
+            if self.hold.until_try().is_some_and(|until| until.is_zero()) && self.again.is_empty() {
+                self.hold.take_tries(&mut self.again);
+            }
+            // What was taken before comes alone, ahead of all that never was.
+            let waiting = if self.again.is_empty() { self.ring.waiting()? } else { 0 };
+            if waiting > 0 || !self.again.is_empty() {
                 let taken = Instant::now();
                 self.vitals.begin(self.index);
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
@@ -200,16 +216,17 @@ impl Queue {
                 tally.count(&self.counters, self.index, taken.elapsed());
                 self.vitals.end(self.index);
                 result?;
-                if inherits && self.inherited.is_empty() {
+                if inherits && self.again.is_empty() {
                     self.vitals.inheritance_done();
                     inherits = false;
                 }
             } else if !self.ring.resume_kicks() {
-                epoll.wait().map_err(QueueError::Wait)?;
+                epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
                 self.ring.suspend_kicks();
             }
         }
         self.ring.resume_kicks();
+        self.vitals.count_held(-(self.hold.len() as i64));
         Ok(())
     }
 
@@ -228,7 +245,7 @@ impl Queue {
             if bytes >= BATCH_BYTES {
                 break;
             }
-            let head = match self.inherited.pop_front() {
+            let head = match self.again.pop_front() {
                 Some(head) => head,
                 None if waiting == 0 => break,
                 None => match self.ring.take() {
@@ -255,14 +272,17 @@ impl Queue {
                 continue;
             }
             let outcome = request::execute(chain, &self.volume, &self.device.description().serial, batch);
+            steps::reach(Step::Executed);
             let status = match &outcome.result {
                 Ok(()) => Status::Ok,
                 Err(error) => {
                     complaints.request(error);
+                    if error.is_full() && self.keep(head) {
+                        continue;
+                    }
                     error.status()
                 }
             };
-            steps::reach(Step::Executed);
             let data_bytes = if status == Status::Ok { outcome.data_bytes } else { 0 };
             bytes += chain.bytes();
             completions.push(Completion {
@@ -297,8 +317,17 @@ impl Queue {
         if let Err(error) = &safe {
             complaints.hosts(error);
         }
+        let is_full = safe.as_ref().is_err_and(block::Error::is_full);
         for completion in completions.drain(..) {
+            if completion.wrote && is_full && completion.status == Status::Ok && self.keep(completion.head) {
+                continue;
+            }
             let status = if completion.wrote && safe.is_err() { Status::IoError } else { completion.status };
+            if !self.hold.is_empty() {
+                self.vitals.count_held(-(self.hold.len() as i64));
+                self.hold.complete(completion.head, status == Status::Ok);
+                self.vitals.count_held(self.hold.len() as i64);
+            }
             tally.note(completion.kind, completion.bytes, status != Status::Ok);
             let status_bytes = completion.status_place.map_or(0, |place| place.copy_from_slice(&[status as u8]) as u32);
             self.ring.complete(completion.head, completion.data_bytes + status_bytes);
@@ -307,6 +336,18 @@ impl Queue {
         if self.ring.publish() {
             self.notify(stop, complaints);
         }
+    }
+
+    /// Has a request wait that there is no room for. Whether it does; if not, it fails.
+    #[cold]
+    fn keep(&mut self, head: u16) -> bool {
+        let before = self.hold.len();
+        let waits = self.hold.keep(head);
+        if self.hold.len() > before {
+            self.vitals.count_held(1);
+            self.counters.count_held(self.index);
+        }
+        waits
     }
 
     fn notify(&self, stop: &Stop, complaints: &mut Complaints) {

@@ -13,7 +13,8 @@ use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
 use crate::block::delta::{grow, open};
-use crate::sys::{process, socket};
+use crate::sys::{file, process, socket};
+use crate::units::ByteCount;
 
 use super::attachment::{AttachedDelta, Offer, Part};
 use super::boot::{History, Start};
@@ -21,7 +22,7 @@ use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::device::Device;
 use super::inflight::{self, RegionShape};
-use super::order::{Answer, DeltaOrder, Opened, Order, VolumeOrder};
+use super::order::{Answer, DeltaOrder, Opened, Order, RingStop, VolumeOrder};
 use super::ring::RingPlace;
 use super::vitals::{self, Watch};
 use super::worker::WORKER_ARGUMENT;
@@ -92,6 +93,7 @@ impl Worker {
             delta: delta.map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral }),
             queues: offer.queues,
             serial: part.serial,
+            hold_ms: offer.hold.as_millis() as u64,
             log_level: log::max_level() as u8,
         };
         let result = {
@@ -203,6 +205,23 @@ impl Deaths {
     }
 }
 
+/// What has been told of the delta's file system.
+struct Space {
+    is_full: bool,
+    last_full: Instant,
+    is_low: bool,
+    next_look: Instant,
+}
+
+impl Space {
+    /// A file system with less than this left, or less than a twentieth if that is smaller, is worth a warning.
+    const LOW_WATER: u64 = 1 << 30;
+    /// For so long no request may have waited: a ring that stops, or a worker that dies, interrupts the wait.
+    const SETTLED_AFTER: Duration = Duration::from_millis(900);
+    /// Looked at when something is waited for, and no more often than this.
+    const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+}
+
 /// What has to be done by who knows the front end.
 pub enum Rest {
     /// Nothing.
@@ -218,6 +237,7 @@ pub struct Service {
     watch: Watch,
     deaths: Deaths,
     latch_told: bool,
+    space: Space,
     device: Device,
     part: Part,
     staged: Option<Part>,
@@ -276,6 +296,7 @@ impl Service {
             watch,
             deaths: Deaths::none(),
             latch_told: false,
+            space: Space { is_full: false, last_full: Instant::now(), is_low: false, next_look: Instant::now() },
             device,
             part,
             staged: None,
@@ -349,6 +370,7 @@ impl Service {
             worker.kill();
         }
         self.tell_latch();
+        self.tell_space();
         self.management.stops |= stop;
         if connects {
             self.management.controllers.accept();
@@ -367,6 +389,33 @@ impl Service {
             let file = self.part.delta.as_ref().map_or(String::new(), |delta| delta.label.clone());
             log::error!("{file}: a sync has failed; writes and flushes are refused until the backend is started again");
             self.tell(Event::Latched { file });
+        }
+    }
+
+    /// Tells when requests begin to wait for room and when none waits any more, and ahead of that, when there is little left.
+    fn tell_space(&mut self) {
+        let (held, now) = (self.watch.held(), Instant::now());
+        if held > 0 {
+            self.space.last_full = now;
+            if !std::mem::replace(&mut self.space.is_full, true) {
+                log::error!("the delta's file system is full: {held} requests wait for room");
+                self.tell(Event::Full { held });
+            }
+        } else if self.space.is_full && now - self.space.last_full >= Space::SETTLED_AFTER {
+            self.space.is_full = false;
+            log::info!("there is room again in the delta's file system: no request waits");
+            self.tell(Event::SpaceBack);
+        }
+        let Some(delta) = self.part.delta.as_ref().filter(|_| now >= self.space.next_look) else { return };
+        self.space.next_look = now + Space::LOOK_INTERVAL;
+        // A file system that does not say is none that is nearly full.
+        let Ok(found) = file::space(&delta.file) else { return };
+        let low_water = Space::LOW_WATER.min(found.all / 20);
+        if found.free >= low_water {
+            self.space.is_low = false;
+        } else if !std::mem::replace(&mut self.space.is_low, true) {
+            log::warn!("the delta's file system has {} left", ByteCount(found.free));
+            self.tell(Event::LowSpace { bytes: found.free });
         }
     }
 
@@ -447,11 +496,11 @@ impl Service {
         answer
     }
 
-    /// Has the worker carry out an order. For each ring that it stopped: which entry of the available ring comes next.
-    pub fn ask(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Vec<(u16, u16)>, WorkerError> {
+    /// Has the worker carry out an order. Where each ring stopped that it told to.
+    pub fn ask(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Vec<RingStop>, WorkerError> {
         match self.exchange(order, descriptors)? {
             Answer::Done(stopped) => {
-                stopped.iter().for_each(|(ring, position)| self.history.stopped((*ring).into(), *position));
+                stopped.iter().for_each(|stop| self.history.stopped(stop.index.into(), stop.next_available));
                 Ok(stopped)
             }
             _ => Err(WorkerError::Answer),

@@ -25,7 +25,7 @@ use crate::sys::socket;
 use super::boot::{Driver, RingStart, Start};
 use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
 use super::inflight::{self, InflightError, RegionShape};
-use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder};
+use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
 use super::ring::RingPlace;
 use super::service::{Service, WorkerError, chain_of};
 
@@ -114,11 +114,19 @@ struct Ring {
     enabled: bool,
     /// Whether the worker serves it.
     runs: bool,
+    /// Where it stopped, if requests are in flight there that wait for room: they go on if it does.
+    held_at: Option<(RingPlace, u16)>,
 }
 
 impl Ring {
     fn should_run(&self) -> bool {
         self.started && self.enabled && self.placed && self.place.size > 0 && self.kick.is_some()
+    }
+
+    /// Notes where it stopped.
+    fn stopped(&mut self, stop: &RingStop) {
+        self.next_available = Some(stop.next_available);
+        self.held_at = (stop.held > 0).then_some((self.place, stop.next_available));
     }
 
     fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
@@ -157,7 +165,7 @@ impl<'k> Session<'k> {
         &self,
         order: SessionOrder,
         descriptors: &[BorrowedFd<'_>],
-    ) -> std::result::Result<Vec<(u16, u16)>, WorkerError> {
+    ) -> std::result::Result<Vec<RingStop>, WorkerError> {
         let order = Order::Become(order);
         self.surviving(|service| service.ask(&order, descriptors))
     }
@@ -312,9 +320,7 @@ impl<'k> Session<'k> {
         let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: None }], ..self.order() };
         let stopped = self.ask(order, &[]).map_err(Refusal::from)?;
         self.rings[index].runs = false;
-        if let Some((_, next_available)) = stopped.into_iter().find(|(stopped, _)| usize::from(*stopped) == index) {
-            self.rings[index].next_available = Some(next_available);
-        }
+        stopped.iter().for_each(|stop| self.rings[usize::from(stop.index)].stopped(stop));
         Ok(())
     }
 
@@ -326,10 +332,14 @@ impl<'k> Session<'k> {
         if self.rings.iter().all(|ring| !ring.runs) {
             self.device_starts()?;
         }
+        let ring = &mut self.rings[index];
+        let goes_on =
+            ring.held_at.take().is_some_and(|held| Some(held) == ring.next_available.map(|at| (ring.place, at)));
         let is_tracked = {
             let service = self.service();
-            // A region of the front end's knows what was there before this connection; ours knows of this start at most.
+            // A region of the front end's knows what was there before this connection; ours knows what was there since it stopped.
             if self.inflight.is_none()
+                && !goes_on
                 && let Some(own) = service.inflight()
             {
                 let system = |source| Refusal::System { action: "clear the account of what is in flight", source };
@@ -388,8 +398,8 @@ impl<'k> Session<'k> {
             rings: running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect(),
             ..self.order()
         };
-        for (ring, position) in self.ask(order, &[])? {
-            self.rings[usize::from(ring)].next_available = Some(position);
+        for stop in self.ask(order, &[])? {
+            self.rings[usize::from(stop.index)].stopped(&stop);
         }
         running.iter().for_each(|index| self.rings[*index].runs = false);
         let before = self.service().device().description().bytes;

@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 use crate::sys::events;
 use crate::sys::shared::{self, SharedNumbers};
 
+/// How many requests wait for room. A queue whose requests do is not stuck.
+const HELD: usize = 3;
 /// The number that is not zero once a sync has failed.
 pub const LATCH: usize = 1;
 const WATCHED: usize = 0;
 const INHERITED: usize = 2;
-const HELD: usize = 3;
 const PULSES: usize = 8;
 /// Rings that have a pulse of their own; those beyond share the last one's, and are not watched.
 const RINGS: usize = 256;
@@ -88,6 +89,11 @@ impl Vitals {
     /// A ring has requests of the last worker's to complete.
     pub fn inherit(&self) {
         self.numbers.at(INHERITED).fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// So many requests more, or fewer, wait for room.
+    pub fn count_held(&self, more: i64) {
+        self.numbers.at(HELD).fetch_add(more.cast_unsigned(), Ordering::AcqRel);
     }
 
     /// They are complete.
@@ -164,6 +170,11 @@ impl Watch {
         (0..self.seen.len()).any(|ring| self.pulse(ring) & 1 != 0)
     }
 
+    /// How many requests wait for room.
+    pub fn held(&self) -> u64 {
+        self.numbers.at(HELD).load(Ordering::Acquire)
+    }
+
     /// Whether a sync has failed.
     pub fn is_latched(&self) -> bool {
         self.numbers.at(LATCH).load(Ordering::Acquire) != 0
@@ -196,7 +207,7 @@ impl Watch {
             return None;
         }
         self.next = Some(now + LOOK_INTERVAL);
-        let is_held = self.numbers.at(HELD).load(Ordering::Acquire) != 0;
+        let is_held = self.held() != 0;
         let mut is_quiet = true;
         for ring in 0..self.seen.len() {
             let pulse = self.pulse(ring);

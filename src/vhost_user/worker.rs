@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::block::base::Base;
 use crate::block::delta::{Delta, Latch, OpenError, open};
@@ -19,8 +20,9 @@ use crate::units::ClusterSize;
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::counters::Counters;
 use super::device::{self, Description, Device, serial_from};
+use super::hold::Hold;
 use super::inflight::{InflightError, RegionShape};
-use super::order::{Answer, Opened, Order, RingOrder, RingRun, SessionOrder, VolumeOrder};
+use super::order::{Answer, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
 use super::queue::{Queue, RunningQueue};
 use super::ring::{self, Ring, RingError};
 use super::service::chain_of;
@@ -144,6 +146,8 @@ struct Worker {
     inflight: Option<(RegionShape, Arc<GuestMemory>)>,
     counters: Arc<Counters>,
     vitals: Arc<Vitals>,
+    /// How long a request waits for room.
+    hold: Duration,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -201,13 +205,14 @@ impl Worker {
             inflight: None,
             counters: Arc::new(counters),
             vitals: Arc::new(vitals),
+            hold: Duration::from_millis(order.hold_ms),
             rings: BTreeMap::new(),
         };
         Ok((opened, worker))
     }
 
     /// Becomes what the order says; the positions of the rings that it stops.
-    fn become_as(&mut self, order: SessionOrder, mut descriptors: Descriptors) -> Result<Vec<(u16, u16)>, WorkerError> {
+    fn become_as(&mut self, order: SessionOrder, mut descriptors: Descriptors) -> Result<Vec<RingStop>, WorkerError> {
         let mut regions = Vec::new();
         for place in order.memory.iter().flatten() {
             regions.push((*place, File::from(descriptors.take()?)));
@@ -242,11 +247,11 @@ impl Worker {
                 continue;
             }
             let Some(ring) = self.rings.remove(&index) else { continue };
-            let next_available = ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
+            let stop = ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
             if is_told {
-                stopped.push((index, next_available));
+                stopped.push(stop);
             } else {
-                moved.insert(index, (RingRun { next_available: Some(next_available), ..ring.run }, ring.events));
+                moved.insert(index, (RingRun { next_available: Some(stop.next_available), ..ring.run }, ring.events));
             }
         }
         self.features = order.features;
@@ -281,7 +286,8 @@ impl Worker {
         let queue = Queue {
             index,
             ring,
-            inherited: inherited.into(),
+            again: inherited.into(),
+            hold: Hold::new(self.hold),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),

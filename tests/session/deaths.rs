@@ -29,17 +29,17 @@ const DISK_BYTES: usize = 8 << 20;
 const QUEUES: usize = 4;
 
 /// Four queues, 32 requests of each.
-fn profile() -> Profile {
+pub fn profile() -> Profile {
     Profile { ring_size: 128, depth: 32, request_bytes: 32 << 10, ..Profile::qemu().queues(QUEUES) }
 }
 
-fn storms(client: &mut Client, contents: &[u8], seed: u64) -> Vec<Storm> {
+pub fn storms(client: &mut Client, contents: &[u8], seed: u64) -> Vec<Storm> {
     let queues = std::mem::take(&mut client.queues).into_iter().enumerate();
     queues.map(|(number, queue)| Storm::new(queue, number, QUEUES, contents, seed)).collect()
 }
 
 /// Works on all queues while `meanwhile` runs.
-fn work<T>(storms: &mut [Storm], meanwhile: impl FnOnce() -> T) -> T {
+pub fn work<T>(storms: &mut [Storm], meanwhile: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let workers: Vec<_> = storms.iter_mut().map(|storm| scope.spawn(|| storm.run(&stop))).collect();
@@ -56,7 +56,7 @@ fn any_worker(keeper: u32) -> Option<u32> {
 }
 
 /// Ends the worker, if there is one right now. Whether there was.
-fn kill_worker(backend: &Backend) -> bool {
+pub fn kill_worker(backend: &Backend) -> bool {
     any_worker(backend.keeper()).inspect(|worker| send(*worker, Signal::KILL)).is_some()
 }
 

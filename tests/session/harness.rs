@@ -84,14 +84,9 @@ impl Disk {
         self.open_volume(&copy)
     }
 
-    /// The volume as the backend's death leaves it, or its end.
+    /// The volume as the backend's death or end leaves it, by one of its deltas.
     #[track_caller]
-    pub fn volume(&self) -> Volume {
-        self.open_volume(&self.delta())
-    }
-
-    #[track_caller]
-    fn open_volume(&self, delta: &Path) -> Volume {
+    pub fn open_volume(&self, delta: &Path) -> Volume {
         let (file, header) = open::open_locked(delta).expect("nobody else holds the delta");
         let base = File::open(self.base()).and_then(|base| Base::map(&base)).expect("the image");
         let storage = FileStorage::new(file).expect("a storage");

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -29,7 +30,12 @@ const DISK_BYTES: usize = 1 << 20;
 /// The contents of the volume, by the library.
 #[track_caller]
 pub fn contents(disk: &Disk) -> Vec<u8> {
-    let volume = disk.volume();
+    contents_of(disk, &disk.delta())
+}
+
+/// The same, of a delta that lies elsewhere.
+pub fn contents_of(disk: &Disk, delta: &Path) -> Vec<u8> {
+    let volume = disk.open_volume(delta);
     let mut contents = vec![0; disk.contents.len()];
     volume.read(0, &[Writable::from_mut_slice(&mut contents)]).expect("the delta can be read");
     contents

@@ -19,6 +19,7 @@ mod boots;
 mod deaths;
 mod drain;
 mod driver;
+mod full;
 mod hostile;
 mod lifecycle;
 mod messages;

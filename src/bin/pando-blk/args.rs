@@ -4,10 +4,12 @@ use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use pando::digest::Digest;
 use pando::units::{ByteCount, ClusterSize};
+use pando::vhost_user::attachment::HOLD_DEFAULT;
 use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::ring::RING_SIZE_MAX;
@@ -31,6 +33,9 @@ The volume:
   --size SIZE          the volume's size, for a delta to be created: at least the image's, such as 20G
   --cluster-size SIZE  the copy-on-write unit, for a delta to be created: 4K (the default) to 64K
   --base-digest HEX    the image's digest; believed instead of looked up or computed
+  --on-full WHAT       what becomes of a write that finds the delta's file system full: hold (the default) has it wait
+                       for room; error has it fail at once
+  --hold-timeout TIME  how long it waits before it fails, such as 90s or 10m (60s)
 
 The place:
   --socket-path PATH   listen here; a socket that a dead process left is replaced
@@ -76,6 +81,7 @@ pub struct Options {
     pub ring_size_max: u16,
     pub serial: Option<String>,
     pub tracks_inflight: bool,
+    pub hold: Duration,
     pub log_level: log::LevelFilter,
 }
 
@@ -102,6 +108,13 @@ impl fmt::Display for Place {
     }
 }
 
+/// What becomes of a write that there is no room for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnFull {
+    Hold,
+    Error,
+}
+
 /// What was typed.
 #[derive(Default)]
 struct Typed {
@@ -119,6 +132,8 @@ struct Typed {
     ring_size_max: Option<u16>,
     serial: Option<String>,
     no_inflight: bool,
+    on_full: Option<OnFull>,
+    hold_timeout: Option<Duration>,
     log_level: Option<log::LevelFilter>,
 }
 
@@ -150,6 +165,18 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
             Long("ephemeral") => {
                 let directory = parser.optional_value().unwrap_or_else(|| "/var/tmp".into());
                 once(&mut typed.ephemeral, "--ephemeral", directory.into())?;
+            }
+            Long("on-full") => {
+                let what = match value::<String>(&mut parser, "--on-full")?.as_str() {
+                    "hold" => OnFull::Hold,
+                    "error" => OnFull::Error,
+                    other => bail!("--on-full {other}: expected hold or error"),
+                };
+                once(&mut typed.on_full, "--on-full", what)?;
+            }
+            Long("hold-timeout") => {
+                let time: humantime::Duration = value(&mut parser, "--hold-timeout")?;
+                once(&mut typed.hold_timeout, "--hold-timeout", time.into())?;
             }
             Long("no-inflight") => typed.no_inflight = true,
             Long("read-only") => typed.read_only = true,
@@ -227,6 +254,11 @@ impl Typed {
             ensure!(!self.create, "--create goes with --delta");
         }
         let place = self.place.context("no socket: expected --socket-path PATH or --fd N")?;
+        let hold = match (self.on_full, self.hold_timeout) {
+            (Some(OnFull::Error), None) => Duration::ZERO,
+            (Some(OnFull::Error), Some(_)) => bail!("--hold-timeout is for --on-full hold: leave one of them out"),
+            (_, timeout) => timeout.unwrap_or(HOLD_DEFAULT),
+        };
         let queues = self.queues.unwrap_or(16);
         // Each ring that runs costs a thread and some descriptors.
         ensure!((1..=256).contains(&queues), "--queues {queues}: expected 1 to 256");
@@ -253,6 +285,7 @@ impl Typed {
             ring_size_max,
             serial: self.serial,
             tracks_inflight: !self.no_inflight,
+            hold,
             log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
         })
     }

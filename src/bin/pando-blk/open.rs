@@ -81,6 +81,7 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
             queues: options.queues,
             ring_size_max: options.ring_size_max,
             tracks_inflight: options.tracks_inflight,
+            hold: options.hold,
         },
         counters: counters::create().context("cannot make a page for the counters")?,
         name: options.place.to_string(),

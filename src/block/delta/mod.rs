@@ -32,10 +32,11 @@ use crate::sys::buffers::{Readable, Writable};
 use crate::sys::process;
 
 use super::Error;
+use super::error::is_full;
 use super::storage::Storage;
 use header::{HEADER_AT, Header, HeaderFault, Phase, SESSION_AT, Session};
 use layout::{CLUSTERS_PER_STRETCH, Layout};
-use map::{LoadError, Map};
+use map::{LoadError, Map, MapWrite};
 use marks::{AppendError, Mark, MarkLog};
 
 pub use latch::Latch;
@@ -355,9 +356,17 @@ impl<S: Storage> Delta<S> {
         self.written.store(false, Ordering::Release);
         self.sync()?;
         if !sectors.is_empty() {
-            for (offset, sector) in &sectors {
+            for MapWrite { offset, sector, .. } in &sectors {
                 let written = self.storage.write_at(&[Readable::from_slice(sector)], *offset);
-                self.latching("write the cluster map of", *offset, written)?;
+                match written {
+                    Err(source) if is_full(&source) => {
+                        // Nothing is lost: the log still has these marks, and the next flush writes them all.
+                        self.map.give_back(&sectors);
+                        self.written.store(true, Ordering::Release);
+                        return Err(self.io_error("write the cluster map of", *offset, source));
+                    }
+                    written => self.latching("write the cluster map of", *offset, written)?,
+                }
             }
             self.sync()?;
         }
