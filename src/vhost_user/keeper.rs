@@ -120,6 +120,7 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
             ring_size_max: serve.ring_size_max,
             tracks_inflight: true,
             hold: Duration::from_millis(serve.hold_ms),
+            incoming: false,
         },
         counters: File::from(counters),
         name: serve.name,

@@ -24,6 +24,7 @@ pub mod request;
 pub mod ring;
 pub mod service;
 pub mod session;
+pub mod state;
 pub mod steps;
 pub mod vitals;
 pub mod worker;

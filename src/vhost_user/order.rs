@@ -15,7 +15,7 @@ use super::ring::RingPlace;
 
 /// Regions of guest memory that fit into one message: each has a descriptor.
 pub const REGIONS_MAX: usize = 128;
-const _: () = assert!(REGIONS_MAX + 5 <= DESCRIPTORS_MAX);
+const _: () = assert!(REGIONS_MAX + 6 <= DESCRIPTORS_MAX);
 
 /// What the worker is to be.
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,6 +29,13 @@ pub enum Order {
     Look(Vec<RingPlace>),
     /// The last: complete what was taken, make all durable, and end.
     Close,
+}
+
+impl Order {
+    /// Whether a ring is to run.
+    pub fn runs_a_ring(&self) -> bool {
+        matches!(self, Order::Become(order) if order.rings.iter().any(|ring| ring.run.is_some()))
+    }
 }
 
 /// A volume, as descriptors.
@@ -75,8 +82,19 @@ pub struct SessionOrder {
     pub memory: Option<Vec<RegionPlace>>,
     /// Where to keep account of what is in flight, if that has changed. Descriptor: its memory.
     pub inflight: Option<RegionShape>,
+    /// Where to note which pages of guest memory have been written, if that has changed. Descriptor: its memory. Used while the features say so.
+    pub log: Option<LogPlace>,
     /// Rings that have changed. Descriptors: for each that runs, kick, then call and error if it has them.
     pub rings: Vec<RingOrder>,
+}
+
+/// Where a dirty log lies in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogPlace {
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes: a bit for each page of 4 KiB.
+    pub bytes: u64,
 }
 
 /// One ring.
@@ -95,6 +113,8 @@ pub struct RingRun {
     pub place: RingPlace,
     /// Which entry of the available ring comes next; `None`: the one that the used ring says, where all taken before is complete.
     pub next_available: Option<u16>,
+    /// The guest address of the used ring, if writes to it are to be noted in the dirty log.
+    pub used_in_log: Option<u64>,
     /// Whether there is somebody to notify of completions.
     pub has_call: bool,
     /// Whether there is somebody to tell when the ring breaks.

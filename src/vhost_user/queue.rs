@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
-use crate::sys::guest::GuestMemory;
+use crate::sys::guest::{DirtyLog, GuestMemory};
 use crate::sys::process;
 
 use super::counters::{Counters, Kind, Tally};
@@ -57,6 +57,8 @@ pub struct Queue {
     pub device: Arc<Device>,
     /// The features that the driver took.
     pub features: u64,
+    /// Where to note what is written to guest memory, while the guest is on its way to another host.
+    pub log: Option<QueueLog>,
     /// Where to count what is done.
     pub counters: Arc<Counters>,
     /// Where to show that it lives.
@@ -67,6 +69,25 @@ pub struct Queue {
     pub call: Option<File>,
     /// Written for the front end when the ring is broken.
     pub error: Option<File>,
+}
+
+/// Where a queue notes what it writes to guest memory.
+///
+/// Always after the write: the front end clears a page's bit before it copies the page. And ahead of showing that a request is complete, for
+/// nobody carries out again what is.
+pub struct QueueLog {
+    /// The bitmap.
+    pub log: Arc<DirtyLog>,
+    /// Guest address and length of the used ring, if it is to be noted too.
+    pub used: Option<(u64, u64)>,
+}
+
+impl QueueLog {
+    fn note_used(&self) {
+        if let Some((address, len)) = self.used {
+            self.log.note(address, len);
+        }
+    }
 }
 
 /// A queue's thread.
@@ -183,11 +204,11 @@ impl Queue {
         let memory = Arc::clone(&self.memory);
         let mut batch = Batch::default();
         let mut tally = Tally::default();
-        let mut chain = Chain::default();
+        let mut chain = Chain { written: self.log.is_some().then(Vec::new), ..Chain::default() };
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
         // What was completed before this call descriptor came was told to another one, or to none.
         self.notify(stop, complaints);
-        self.ring.suspend_kicks();
+        self.suspend_kicks();
         steps::reach(Step::Recovered);
         let mut inherits = !self.again.is_empty();
         if inherits {
@@ -212,7 +233,7 @@ impl Queue {
                 self.vitals.begin(self.index);
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
                 // What was taken is completed also when the ring broke behind it.
-                self.finish_batch(&mut completions, &mut batch, &mut tally, stop, complaints);
+                self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 tally.count(&self.counters, self.index, taken.elapsed());
                 self.vitals.end(self.index);
                 result?;
@@ -220,12 +241,12 @@ impl Queue {
                     self.vitals.inheritance_done();
                     inherits = false;
                 }
-            } else if !self.ring.resume_kicks() {
+            } else if !self.resume_kicks() {
                 epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
-                self.ring.suspend_kicks();
+                self.suspend_kicks();
             }
         }
-        self.ring.resume_kicks();
+        self.resume_kicks();
         self.vitals.count_held(-(self.hold.len() as i64));
         Ok(())
     }
@@ -303,6 +324,7 @@ impl Queue {
         &mut self,
         completions: &mut Vec<Completion<'_>>,
         batch: &mut Batch,
+        chain: &mut Chain<'_>,
         tally: &mut Tally,
         stop: &Stop,
         complaints: &mut Complaints,
@@ -333,8 +355,32 @@ impl Queue {
             self.ring.complete(completion.head, completion.data_bytes + status_bytes);
         }
         tally.sources = batch.take_sources();
-        if self.ring.publish() {
+        if let (Some(log), Some(written)) = (&self.log, &mut chain.written) {
+            written.drain(..).for_each(|(address, len)| log.log.note(address, len.into()));
+        }
+        let wants_notice = self.ring.publish();
+        self.note_used();
+        if wants_notice {
             self.notify(stop, complaints);
+        }
+    }
+
+    fn suspend_kicks(&self) {
+        self.ring.suspend_kicks();
+        self.note_used();
+    }
+
+    fn resume_kicks(&self) -> bool {
+        let resumed = self.ring.resume_kicks();
+        self.note_used();
+        resumed
+    }
+
+    /// Notes that the used ring has been written.
+    #[inline]
+    fn note_used(&self) {
+        if let Some(log) = &self.log {
+            log.note_used();
         }
     }
 

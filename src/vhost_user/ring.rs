@@ -69,6 +69,12 @@ impl RingPlace {
             part("used ring", self.used, ENTRIES_AT + entries * USED_ENTRY_BYTES + event, 4),
         ]
     }
+
+    /// Length of the used ring in bytes.
+    pub fn used_bytes(&self, event_idx: bool) -> u64 {
+        let [_, _, used] = self.parts(event_idx);
+        used.bytes as u64
+    }
 }
 
 /// Why a ring cannot be served, or not any further.
@@ -128,6 +134,8 @@ pub struct Chain<'m> {
     pub readable: Vec<Readable<'m>>,
     /// What the device may write.
     pub writable: Vec<Writable<'m>>,
+    /// The guest's addresses and lengths of what the device may write, if they are wanted.
+    pub written: Option<Vec<(u64, u32)>>,
 }
 
 /// A ring that runs.
@@ -360,6 +368,9 @@ impl<'m> Chain<'m> {
     fn add(&mut self, descriptor: Descriptor, memory: &'m GuestMemory) -> Result<(), ChainError> {
         let Descriptor { address, len, flags, .. } = descriptor;
         let found = if flags & FLAG_WRITE != 0 {
+            if let Some(written) = &mut self.written {
+                written.push((address, len));
+            }
             memory.writable(address, u64::from(len), &mut self.writable)
         } else if self.writable.is_empty() {
             memory.readable(address, u64::from(len), &mut self.readable)

@@ -20,7 +20,7 @@ use super::attachment::{AttachedDelta, Offer, Part};
 use super::boot::{History, Start};
 use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
 use super::conversation::{Conversation, ConversationError, Descriptors};
-use super::device::Device;
+use super::device::{self, Device, SERIAL_BYTES};
 use super::inflight::{self, RegionShape};
 use super::order::{Answer, DeltaOrder, Opened, Order, RingStop, VolumeOrder};
 use super::ring::RingPlace;
@@ -60,9 +60,12 @@ pub enum WorkerError {
     /// The driver has been told what kind of disk it has.
     #[error("it is {found}, and the driver has been told that its disk is {told}")]
     Kind { found: &'static str, told: &'static str },
-    /// The delta could not become larger.
+    /// The delta cannot be had, or could not become larger.
     #[error(transparent)]
-    Grow(#[from] open::OpenError),
+    Open(#[from] open::OpenError),
+    /// The delta's lock could not be let go.
+    #[error("cannot unlock the delta")]
+    Lock(#[source] io::Error),
 }
 
 impl WorkerError {
@@ -77,6 +80,9 @@ struct Worker {
     conversation: Conversation,
     process: Child,
 }
+
+/// How long to wait for another backend to leave a delta whose guest is here by now.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a worker may take over an order when none of its queues is stuck. What an order waits for is what the queues do.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
@@ -222,6 +228,17 @@ impl Space {
     const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 }
 
+/// What a volume is, as far as its delta's header says.
+fn describe(delta: &AttachedDelta, serial: Option<[u8; SERIAL_BYTES]>) -> Result<Opened, WorkerError> {
+    let header = open::read_header(&delta.file, &delta.label)?;
+    Ok(Opened {
+        bytes: header.layout.virtual_bytes(),
+        read_only: false,
+        cluster_bytes: header.layout.cluster().bytes(),
+        serial: serial.unwrap_or_else(|| device::serial_of_uuid(header.uuid)),
+    })
+}
+
 /// What has to be done by who knows the front end.
 pub enum Rest {
     /// Nothing.
@@ -232,8 +249,10 @@ pub enum Rest {
 
 /// What serves the volume.
 pub struct Service {
-    /// None: it has died, and there is no other yet.
+    /// None: it has died and there is no other yet, or the volume is elsewhere.
     worker: Option<Worker>,
+    /// The guest is with another backend, and so is the delta's lock.
+    elsewhere: bool,
     watch: Watch,
     deaths: Deaths,
     latch_told: bool,
@@ -289,10 +308,18 @@ impl Service {
             }
             false => None,
         };
-        let (worker, opened) = Worker::start(&part, &offer, &counters, &mut watch)?;
+        let (worker, opened) = match &part.delta {
+            // Only as much as its header says, until the guest comes.
+            Some(delta) if offer.incoming => (None, describe(delta, part.serial)?),
+            _ => {
+                let (worker, opened) = Worker::start(&part, &offer, &counters, &mut watch)?;
+                (Some(worker), opened)
+            }
+        };
         let device = Device::new(opened.description(offer.queues));
         Ok(Service {
-            worker: Some(worker),
+            elsewhere: worker.is_none(),
+            worker,
             watch,
             deaths: Deaths::none(),
             latch_told: false,
@@ -379,7 +406,12 @@ impl Service {
         if says && let Some((command, descriptors)) = self.management.controllers.receive() {
             rest = self.obey(command, descriptors);
         }
-        Ok(Woken { stop: self.management.stops, worker_gone: worker_gone || self.worker.is_none(), other, rest })
+        Ok(Woken { stop: self.management.stops, worker_gone: worker_gone || self.is_missing(), other, rest })
+    }
+
+    /// Whether there should be a worker and is none.
+    fn is_missing(&self) -> bool {
+        self.worker.is_none() && !self.elsewhere
     }
 
     /// Tells of a failed sync, once.
@@ -479,7 +511,7 @@ impl Service {
             staged: self.staged.as_ref().map(|part| part.tag.clone()),
             bytes: self.device.description().bytes,
             connected: self.management.connected,
-            held: self.worker.is_none(),
+            held: self.is_missing(),
         };
         let Management { controllers, front_ends, .. } = &mut self.management;
         let Some(front_ends) = front_ends else { return };
@@ -498,6 +530,10 @@ impl Service {
 
     /// Has the worker carry out an order. Where each ring stopped that it told to.
     pub fn ask(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Vec<RingStop>, WorkerError> {
+        if self.elsewhere && !order.runs_a_ring() {
+            // Whoever serves the next ring is told all of it.
+            return Ok(Vec::new());
+        }
         match self.exchange(order, descriptors)? {
             Answer::Done(stopped) => {
                 stopped.iter().for_each(|stop| self.history.stopped(stop.index.into(), stop.next_available));
@@ -589,6 +625,7 @@ impl Service {
         if self.part.delta.is_none() {
             return Err(WorkerError::NoDelta);
         }
+        self.claim()?;
         if let Some(worker) = &mut self.worker {
             match worker.close(&mut self.watch) {
                 Ok(()) => self.worker = None,
@@ -631,6 +668,7 @@ impl Service {
     }
 
     fn replace(&mut self) -> Result<(), WorkerError> {
+        self.claim()?;
         while self.worker.is_none() {
             if self.deaths.are_too_many() {
                 self.hold()?;
@@ -651,6 +689,27 @@ impl Service {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Leaves the volume to another backend, to which the guest is on its way: all that was written is durable, and the delta is nobody's
+    /// until the guest runs again, there or here. No ring runs.
+    pub fn release(&mut self) -> Result<(), WorkerError> {
+        let Some(delta) = &self.part.delta else { return Ok(()) };
+        let Some(worker) = self.worker.as_mut().filter(|_| !delta.ephemeral) else { return Ok(()) };
+        worker.close(&mut self.watch)?;
+        delta.file.unlock().map_err(WorkerError::Lock)?;
+        (self.worker, self.elsewhere) = (None, true);
+        log::info!("{}: left to whoever the guest comes to", delta.label);
+        Ok(())
+    }
+
+    /// Takes the volume back, or over, from another backend, whose guest comes here. Waits a little for that one to leave it.
+    fn claim(&mut self) -> Result<(), WorkerError> {
+        let Some(delta) = self.part.delta.as_ref().filter(|_| self.elsewhere) else { return Ok(()) };
+        open::lock(&delta.file, &delta.label, CLAIM_PATIENCE)?;
+        self.elsewhere = false;
+        log::info!("{}: taken over with its guest", delta.label);
         Ok(())
     }
 
@@ -694,6 +753,9 @@ impl Service {
     /// Has the worker make everything durable and end, and answers a controller that has asked for it.
     pub fn close(&mut self) -> Result<(), WorkerError> {
         let closed = loop {
+            if self.elsewhere {
+                break Ok(());
+            }
             if self.worker.is_none() {
                 // Held, and asked to stop: one last try to leave the delta in good order.
                 match Worker::start(&self.part, &self.offer, &self.counters, &mut self.watch) {

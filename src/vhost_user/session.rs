@@ -25,9 +25,10 @@ use crate::sys::socket;
 use super::boot::{Driver, RingStart, Start};
 use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
 use super::inflight::{self, InflightError, RegionShape};
-use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
+use super::order::{LogPlace, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
 use super::ring::RingPlace;
 use super::service::{Service, WorkerError, chain_of};
+use super::state::{DeviceState, StateError};
 
 type Result<T> = std::result::Result<T, ProtocolError>;
 
@@ -58,6 +59,9 @@ pub enum Refusal {
     /// A region for what is in flight that cannot be used.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// The device's state cannot be sent, or is not what this backend can go on from.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The system said no.
     #[error("cannot {action}")]
     System {
@@ -86,6 +90,10 @@ pub struct Session<'k> {
     regions: Vec<(RegionPlace, File)>,
     /// The front end's memory for what is in flight, if it offers any.
     inflight: Option<(RegionShape, File)>,
+    /// Where the front end has writes to guest memory noted.
+    log: Option<(LogPlace, File)>,
+    /// A transfer of the device's state to this backend, until it is checked.
+    incoming: Option<File>,
     rings: Vec<Ring>,
     /// Whether no ring has run yet.
     is_new: bool,
@@ -99,6 +107,8 @@ pub struct Session<'k> {
 #[derive(Default)]
 struct Ring {
     place: RingPlace,
+    /// The guest address of the used ring, if writes to it are to be noted.
+    used_in_log: Option<u64>,
     /// Whether the addresses have been given.
     placed: bool,
     /// Which entry of the available ring comes next, while it does not run; `None` as long as nobody has said. A ring may run
@@ -149,6 +159,8 @@ impl<'k> Session<'k> {
             features: 0,
             regions: Vec::new(),
             inflight: None,
+            log: None,
+            incoming: None,
             rings,
             is_new: true,
             channel: None,
@@ -204,22 +216,24 @@ impl<'k> Session<'k> {
         let rings =
             self.running().into_iter().map(|index| self.ring_order(index, service.inflight().is_some())).collect();
         let order = SessionOrder { rings, ..self.standing(&service) };
-        let inflight = self.inflight_file(&service)?;
+        let accounts = self.accounts(&service)?;
         let descriptors: Vec<BorrowedFd> = self
             .region_files()
-            .chain(inflight.iter().map(AsFd::as_fd))
+            .chain(accounts.iter().map(AsFd::as_fd))
             .chain(self.running().into_iter().flat_map(|index| self.rings[index].events()))
             .collect();
         service.ask(&Order::Become(order), &descriptors).map(drop)
     }
 
-    /// How the guest's side stands, without its rings. Descriptors: those of the regions, then that of the inflight memory.
+    /// How the guest's side stands, without its rings. Descriptors: those of the regions, then those of the account of what is in flight and of
+    /// the dirty log.
     fn standing(&self, service: &Service) -> SessionOrder {
         SessionOrder {
             features: self.features,
             writeback: service.device().writeback(),
             memory: Some(self.regions.iter().map(|(place, _)| *place).collect()),
             inflight: self.inflight_shape(service),
+            log: self.log.as_ref().map(|(place, _)| *place),
             rings: Vec::new(),
         }
     }
@@ -235,12 +249,14 @@ impl<'k> Session<'k> {
         }
     }
 
-    fn inflight_file(&self, service: &Service) -> std::result::Result<Option<OwnedFd>, WorkerError> {
-        let file = match (&self.inflight, service.inflight()) {
+    /// The memory of the account of what is in flight and of the dirty log, those that there are.
+    fn accounts(&self, service: &Service) -> std::result::Result<Vec<OwnedFd>, WorkerError> {
+        let inflight = match (&self.inflight, service.inflight()) {
             (Some((_, file)), _) => Some(file),
             (None, own) => own.map(|own| &own.file),
         };
-        file.map(|file| file.as_fd().try_clone_to_owned()).transpose().map_err(WorkerError::Start)
+        let files = inflight.into_iter().chain(self.log.as_ref().map(|(_, file)| file));
+        files.map(|file| file.as_fd().try_clone_to_owned()).collect::<io::Result<_>>().map_err(WorkerError::Start)
     }
 
     /// How a ring is to run.
@@ -250,6 +266,7 @@ impl<'k> Session<'k> {
             place: ring.place,
             // Of a ring that has run, its account knows better. Without one, the used index is what there is.
             next_available: if ring.runs && !is_tracked { None } else { ring.next_available },
+            used_in_log: ring.used_in_log,
             has_call: ring.call.is_some(),
             has_error: ring.error.is_some(),
         };
@@ -381,8 +398,8 @@ impl<'k> Session<'k> {
         if service.starts(&start) {
             let bytes = service.device().description().bytes;
             let order = self.standing(&service);
-            let inflight = self.inflight_file(&service).map_err(Refusal::from)?;
-            let descriptors: Vec<BorrowedFd> = self.region_files().chain(inflight.iter().map(AsFd::as_fd)).collect();
+            let accounts = self.accounts(&service).map_err(Refusal::from)?;
+            let descriptors: Vec<BorrowedFd> = self.region_files().chain(accounts.iter().map(AsFd::as_fd)).collect();
             let switched = service.switch(&Order::Become(order), &descriptors);
             if switched && service.device().description().bytes != bytes {
                 self.tell_config_change();
@@ -415,6 +432,13 @@ impl<'k> Session<'k> {
         grown
     }
 
+    /// What another backend needs to know to go on where this one is.
+    fn state(&self) -> DeviceState {
+        let service = self.service();
+        let description = service.device().description();
+        DeviceState { bytes: description.bytes, read_only: description.read_only, serial: description.serial }
+    }
+
     /// Whether a ring lies in the memory as it is now.
     fn is_in_memory(&self, index: usize) -> bool {
         self.rings[index].place.parts(device::has_event_idx(self.features)).iter().all(|part| {
@@ -439,16 +463,25 @@ impl<'k> Session<'k> {
                 self.stop(index)?;
             }
         }
-        let (order, inflight) = {
+        let (order, accounts) = {
             let service = self.service();
-            (self.standing(&service), self.inflight_file(&service).map_err(Refusal::from)?)
+            (self.standing(&service), self.accounts(&service).map_err(Refusal::from)?)
         };
-        let descriptors: Vec<BorrowedFd> = self.region_files().chain(inflight.iter().map(AsFd::as_fd)).collect();
+        let descriptors: Vec<BorrowedFd> = self.region_files().chain(accounts.iter().map(AsFd::as_fd)).collect();
         self.ask(order, &descriptors).map_err(Refusal::from)?;
         for index in 0..self.rings.len() {
             if self.is_in_memory(index) {
                 self.start(index)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Leaves the volume to another backend when the guest is on its way there: all its rings have stopped while its writes to memory are logged.
+    fn release_if_moving(&mut self) -> Result<()> {
+        let is_moving = device::logs_writes(self.features) && self.log.is_some() && self.running().is_empty();
+        if is_moving {
+            self.surviving(Service::release).map_err(Refusal::from)?;
         }
         Ok(())
     }
@@ -571,18 +604,20 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptors: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let index = self.index(index)?;
         let place = RingPlace { descriptors, available, used, ..self.rings[index].place };
-        if self.rings[index].placed && self.rings[index].place == place {
+        let used_in_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let ring = &self.rings[index];
+        if ring.placed && (ring.place, ring.used_in_log) == (place, used_in_log) {
             return Ok(());
         }
-        self.change(index, |ring| (ring.place, ring.placed) = (place, true))
+        self.change(index, |ring| (ring.place, ring.used_in_log, ring.placed) = (place, used_in_log, true))
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -606,7 +641,9 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         ring.started = false;
         ring.has_base = false;
         ring.kick = None;
-        Ok(VhostUserVringState::new(index, ring.next_available.unwrap_or(0).into()))
+        let next_available = ring.next_available.unwrap_or(0);
+        self.release_if_moving()?;
+        Ok(VhostUserVringState::new(index, next_available.into()))
     }
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
@@ -637,7 +674,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         if self.rings[ring].enabled == enable {
             return Ok(());
         }
-        self.change(ring, |ring| ring.enabled = enable)
+        self.change(ring, |ring| ring.enabled = enable)?;
+        self.release_if_moving()
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
@@ -682,22 +720,40 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _file: File,
+        file: File,
     ) -> Result<Option<File>> {
-        not_offered("a transfer of the device's state")
+        match direction {
+            VhostTransferStateDirection::SAVE => {
+                // Closed afterwards, by which the front end knows that it has all.
+                self.state().send(&file).map_err(Refusal::from)?;
+                self.incoming = None;
+            }
+            VhostTransferStateDirection::LOAD => self.incoming = Some(file),
+        }
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        not_offered("a transfer of the device's state")
+        match self.incoming.take() {
+            Some(file) => Ok(self.state().check(&file).map_err(|error| {
+                // The front end is told that it is refused, and not why.
+                log::error!("{}", chain_of(&error));
+                Refusal::from(error)
+            })?),
+            None => Ok(()),
+        }
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         not_offered("shared memory")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        not_offered("a dirty log")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let VhostUserLog { mmap_size: bytes, mmap_offset: offset } = *log;
+        self.log = Some((LogPlace { offset, bytes }, file));
+        // The worker gets it with the memory, at the latest.
+        if self.regions.is_empty() { Ok(()) } else { self.tell_memory() }
     }
 }

@@ -13,17 +13,17 @@ use crate::block::base::Base;
 use crate::block::delta::{Delta, Latch, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
-use crate::sys::guest::{GuestMemory, MapError, RegionPlace, SharedArea};
+use crate::sys::guest::{DirtyLog, GuestMemory, MapError, RegionPlace, SharedArea};
 use crate::sys::process;
 use crate::units::ClusterSize;
 
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::counters::Counters;
-use super::device::{self, Description, Device, serial_from};
+use super::device::{self, Description, Device};
 use super::hold::Hold;
 use super::inflight::{InflightError, RegionShape};
-use super::order::{Answer, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
-use super::queue::{Queue, RunningQueue};
+use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
+use super::queue::{Queue, QueueLog, RunningQueue};
 use super::ring::{self, Ring, RingError};
 use super::service::chain_of;
 use super::steps::{self, Step};
@@ -57,6 +57,8 @@ enum WorkerError {
     Memory(#[from] MapError),
     #[error("the inflight region cannot be used")]
     Inflight(#[from] InflightError),
+    #[error("the dirty log cannot be mapped")]
+    MapLog(#[source] MapError),
     #[error("the inflight region cannot be mapped")]
     MapInflight(#[source] MapError),
     #[error("ring {index} cannot be served")]
@@ -144,6 +146,8 @@ struct Worker {
     memory: Arc<GuestMemory>,
     /// Where to keep account of what is in flight; none: nowhere.
     inflight: Option<(RegionShape, Arc<GuestMemory>)>,
+    /// Where to note what has been written to guest memory.
+    log: Option<Arc<DirtyLog>>,
     counters: Arc<Counters>,
     vitals: Arc<Vitals>,
     /// How long a request waits for room.
@@ -190,7 +194,7 @@ impl Worker {
             }
             _ => (Volume::read_only(base), [0; 16]),
         };
-        let serial = order.serial.unwrap_or_else(|| serial_from(&serial_of_uuid(uuid)));
+        let serial = order.serial.unwrap_or_else(|| device::serial_of_uuid(uuid));
         let opened = Opened {
             bytes: volume.bytes(),
             read_only: volume.is_read_only(),
@@ -203,6 +207,7 @@ impl Worker {
             features: 0,
             memory: Arc::default(),
             inflight: None,
+            log: None,
             counters: Arc::new(counters),
             vitals: Arc::new(vitals),
             hold: Duration::from_millis(order.hold_ms),
@@ -221,6 +226,13 @@ impl Worker {
             Some(shape) => Some((shape, map_inflight(&shape, descriptors.take()?.into())?)),
             None => None,
         };
+        let log = match order.log {
+            Some(LogPlace { offset, bytes }) => {
+                let log = DirtyLog::map(descriptors.take()?.into(), offset, bytes).map_err(WorkerError::MapLog)?;
+                Some(Arc::new(log))
+            }
+            None => None,
+        };
         let mut changed = Vec::new();
         for RingOrder { index, run } in order.rings {
             let run = match run {
@@ -237,8 +249,9 @@ impl Worker {
         descriptors.finish()?;
         self.device.set_writeback(order.writeback);
 
-        // Rings that are not told anything go on where they are, over new memory, with new features and another account.
-        let all_change = order.memory.is_some() || order.features != self.features || inflight.is_some();
+        // Rings that are not told anything go on where they are, over new memory, with new features, another account and another log.
+        let all_change =
+            order.memory.is_some() || order.features != self.features || inflight.is_some() || log.is_some();
         let mut moved = BTreeMap::new();
         let mut stopped = Vec::new();
         for index in self.rings.keys().copied().collect::<Vec<_>>() {
@@ -255,6 +268,9 @@ impl Worker {
             }
         }
         self.features = order.features;
+        if log.is_some() {
+            self.log = log;
+        }
         if let Some(inflight) = inflight {
             self.inflight = Some(inflight);
         }
@@ -283,8 +299,13 @@ impl Worker {
         };
         let next_available = ring.next_available();
         let copy = |file: &File| file.try_clone().map_err(|source| WorkerError::Start { index, source });
+        let log = self.log.as_ref().filter(|_| device::logs_writes(self.features)).map(|log| QueueLog {
+            log: Arc::clone(log),
+            used: run.used_in_log.map(|address| (address, run.place.used_bytes(event_idx))),
+        });
         let queue = Queue {
             index,
+            log,
             ring,
             again: inherited.into(),
             hold: Hold::new(self.hold),
@@ -334,9 +355,4 @@ impl Opened {
         debug_assert!(ClusterSize::from_bytes(cluster_bytes).is_some());
         Description { bytes, read_only, cluster_bytes, queues, serial }
     }
-}
-
-/// A serial number that no other volume has: as much of the UUID as fits.
-fn serial_of_uuid(uuid: [u8; 16]) -> String {
-    uuid[..7].iter().fold("pando-".to_owned(), |text, byte| format!("{text}{byte:02x}"))
 }

@@ -23,6 +23,7 @@ mod full;
 mod hostile;
 mod lifecycle;
 mod messages;
+mod migration;
 mod reference;
 mod requests;
 mod setup;

@@ -165,6 +165,15 @@ impl Storm {
         self.queue.ring.kick();
     }
 
+    /// As [`Storm::fill`], without a kick: whoever sleeps goes on doing so.
+    pub fn prepare(&mut self) {
+        for _ in 0..16 {
+            if self.queue.has_room() {
+                self.submit();
+            }
+        }
+    }
+
     /// Waits until all is complete.
     #[track_caller]
     pub fn settle(&mut self) {

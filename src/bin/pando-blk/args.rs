@@ -30,6 +30,7 @@ The volume:
   --create             create the delta if there is none
   --ephemeral[=DIR]    writes go to a file without a name in DIR (/var/tmp), gone when this process ends
   --read-only          writes are refused
+  --incoming           the guest comes from another backend by live migration: the delta is taken over with its first request
   --size SIZE          the volume's size, for a delta to be created: at least the image's, such as 20G
   --cluster-size SIZE  the copy-on-write unit, for a delta to be created: 4K (the default) to 64K
   --base-digest HEX    the image's digest; believed instead of looked up or computed
@@ -87,7 +88,7 @@ pub struct Options {
 
 /// Where writes go.
 pub enum Volume {
-    Delta { path: PathBuf, create: bool, size: Option<u64>, cluster: Option<ClusterSize> },
+    Delta { path: PathBuf, create: bool, incoming: bool, size: Option<u64>, cluster: Option<ClusterSize> },
     Ephemeral { directory: PathBuf, size: Option<u64>, cluster: Option<ClusterSize> },
     ReadOnly,
 }
@@ -131,6 +132,7 @@ struct Typed {
     queues: Option<u16>,
     ring_size_max: Option<u16>,
     serial: Option<String>,
+    incoming: bool,
     no_inflight: bool,
     on_full: Option<OnFull>,
     hold_timeout: Option<Duration>,
@@ -178,6 +180,7 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
                 let time: humantime::Duration = value(&mut parser, "--hold-timeout")?;
                 once(&mut typed.hold_timeout, "--hold-timeout", time.into())?;
             }
+            Long("incoming") => typed.incoming = true,
             Long("no-inflight") => typed.no_inflight = true,
             Long("read-only") => typed.read_only = true,
             Long("size") => once(&mut typed.size, "--size", value::<ByteCount>(&mut parser, "--size")?.0)?,
@@ -233,9 +236,13 @@ impl Typed {
             "--cluster-size is for a delta to be created: add --create, or leave it out"
         );
         let volume = match (self.delta, self.ephemeral, self.read_only) {
-            (Some(path), None, false) => {
-                Volume::Delta { path, create: self.create, size: self.size, cluster: self.cluster }
-            }
+            (Some(path), None, false) => Volume::Delta {
+                path,
+                create: self.create,
+                incoming: self.incoming,
+                size: self.size,
+                cluster: self.cluster,
+            },
             (None, Some(directory), false) => {
                 ensure!(self.size.is_some() || !self.blank, "--blank with --ephemeral needs a --size");
                 Volume::Ephemeral { directory, size: self.size, cluster: self.cluster }
@@ -250,7 +257,9 @@ impl Typed {
             ),
             _ => bail!("expected only one of --delta, --ephemeral and --read-only"),
         };
+        ensure!(!self.incoming || !self.create, "--incoming takes over a delta that exists: leave --create out");
         if let Volume::Ephemeral { .. } | Volume::ReadOnly = volume {
+            ensure!(!self.incoming, "--incoming goes with --delta: other volumes are anybody's at any time");
             ensure!(!self.create, "--create goes with --delta");
         }
         let place = self.place.context("no socket: expected --socket-path PATH or --fd N")?;
