@@ -218,7 +218,7 @@ impl Queue {
         loop {
             if self.again.is_empty() && stop.asked.load(Ordering::Acquire) {
                 // What waits for room waits on where this ring goes, unless nobody there knows of it.
-                if self.hold.is_empty() || !device::logs_writes(self.features) {
+                if self.hold.is_empty() || self.log.is_none() {
                     break;
                 }
                 self.hold.give_up();

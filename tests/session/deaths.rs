@@ -83,6 +83,7 @@ fn five_hundred_killed_workers_are_never_noticed() {
     let killed = work(&mut storms, || {
         let mut killed = 0;
         while killed < 500 {
+            assert!(is_alive(backend.keeper()), "the keeper is dead");
             std::thread::sleep(Duration::from_micros(rng.random_range(0..120_000)));
             killed += usize::from(kill_worker(&backend));
         }

@@ -27,7 +27,7 @@ use rustix::process::{Pid, Signal, kill_process};
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a backend may run. What waits for its answers has no limit of its own, and sees the connection end instead.
-const LIFE: Duration = Duration::from_secs(120);
+const LIFE: Duration = Duration::from_secs(300);
 
 /// A sector, as virtio has it.
 pub const SECTOR: usize = 512;

@@ -14,7 +14,7 @@ use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferState
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::client::{Client, Profile, Step};
+use super::client::{Client, LOG_ALL, Profile, Step};
 use super::deaths::{kill_worker, profile, storms, work};
 use super::guest::{Guest, memfd};
 use super::harness::{Backend, Disk, PATIENCE, SECTOR, run, text, wait_until};
@@ -24,7 +24,6 @@ use super::storm::Storm;
 
 const DISK_BYTES: usize = 8 << 20;
 const PAGE: u64 = 4096;
-const LOG_ALL: u64 = 1 << 26;
 /// A bit for each page up to the end of the test's guest.
 const LOG_BYTES: u64 = ((4 << 30) + (8 << 20)) / PAGE / 8;
 
