@@ -42,6 +42,8 @@ pub struct VolumeOrder {
     pub serial: Option<[u8; SERIAL_BYTES]>,
     /// How much to log.
     pub log_level: u8,
+    /// Which boot of the host this is ([`crate::sys::process::boot_id`]).
+    pub boot: [u8; 16],
 }
 
 /// A delta, as a descriptor.

@@ -64,7 +64,7 @@ impl Worker {
     /// Starts a worker for a volume.
     fn start(part: &Part, offer: &Offer, counters: &File) -> Result<(Worker, Opened), WorkerError> {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
-        let process = process::execute_self("pando-blk", WORKER_ARGUMENT, theirs).map_err(WorkerError::Start)?;
+        let process = process::execute_self("pando-blk", &[WORKER_ARGUMENT], theirs).map_err(WorkerError::Start)?;
         let worker = Worker { conversation, process: Mutex::new(process) };
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
@@ -73,6 +73,7 @@ impl Worker {
             queues: offer.queues,
             serial: part.serial,
             log_level: log::max_level() as u8,
+            boot: process::boot_id().map_err(WorkerError::Start)?,
         };
         let descriptors: Vec<BorrowedFd> = std::iter::once(counters.as_fd()).chain(part.descriptors()).collect();
         match worker.exchange(&Order::Open(order), &descriptors) {
@@ -82,7 +83,10 @@ impl Worker {
                 let Worker { conversation, process } = worker;
                 drop(conversation);
                 let mut process = process.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-                process.wait().map_err(WorkerError::Wait)?;
+                let status = process.wait().map_err(WorkerError::Wait)?;
+                if !status.success() {
+                    log::error!("the worker has died at its start ({status})");
+                }
                 Err(other.err().unwrap_or(WorkerError::Answer))
             }
         }

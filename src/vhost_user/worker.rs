@@ -76,8 +76,9 @@ enum WorkerError {
 pub fn run() -> io::Result<()> {
     process::close_inherited()?;
     process::allow_interrupts()?;
+    process::settle_allocator();
     process::set_name(c"pando-worker");
-    let conversation = Conversation::over(process::take_standard_input()?.into(), "keeper");
+    let conversation = Conversation::over(process::standard_input()?.into(), "keeper");
     let mut worker: Option<Worker> = None;
     loop {
         let (order, descriptors) = match conversation.receive() {
@@ -148,9 +149,10 @@ impl Worker {
         if let Some(level) = log::LevelFilter::iter().nth(order.log_level.into()) {
             log::set_max_level(level);
         }
+        process::note_boot_id(order.boot);
         let counters = Counters::map(&File::from(descriptors.take()?)).map_err(WorkerError::MapCounters)?;
         let base = descriptors.take_if(order.has_base)?.map(File::from);
-        let base = base.map_or_else(Base::empty, |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
+        let base = base.map_or_else(|| Ok(Base::empty()), |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
         descriptors.finish()?;
         let (volume, uuid) = match (&order.delta, delta) {
