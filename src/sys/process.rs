@@ -9,6 +9,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
+/// Lets panics tell where they were and no more, here and in programs that are executed: for a backtrace, files would be opened.
+///
+/// To be called while the process has one thread.
+pub fn forgo_backtraces() {
+    // SAFETY: nobody else reads or changes the environment meanwhile, by this function's condition.
+    unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
+}
+
 /// Starts this very program again, under the name `name`, with these arguments alone and `standard_input` as its descriptor 0.
 pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
     // The file that this process runs, also when another has been installed at its path meanwhile.

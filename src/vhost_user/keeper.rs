@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use crate::sys::process::{self, StopSignals};
+use crate::sys::sandbox::SandboxError;
 use crate::sys::socket::{self, PacketListener};
 
 use super::attachment::{Attachment, Endpoint, Offer};
 use super::boot::History;
 use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
 use super::conversation::{Conversation, ConversationError, Descriptors};
+use super::sandbox;
 use super::service::{Service, WorkerError, chain_of};
 use super::session::Session;
 
@@ -38,6 +40,9 @@ pub enum KeeperError {
     /// The worker said no, or is gone.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// It would serve without its sandbox.
+    #[error("cannot close the sandbox (--no-sandbox goes without one, for debugging)")]
+    Sandbox(#[from] SandboxError),
     /// The system said no.
     #[error("cannot {action}")]
     System {
@@ -79,6 +84,7 @@ pub fn serve_managed(signals: &StopSignals) -> Result<(), KeeperError> {
     process::leave_session().map_err(system("leave the daemon's session"))?;
     let controller = process::take_standard_input().map_err(system("take the controller's connection"))?;
     let controller = Conversation::over(controller.into(), "controller");
+    sandbox::close_keeper(None)?;
     let (attachment, listener) = receive_attachment(&controller)?;
     let (service, endpoint, name) = match start(attachment) {
         Ok(started) => started,

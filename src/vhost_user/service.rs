@@ -20,7 +20,7 @@ use super::conversation::{Conversation, ConversationError};
 use super::device::Device;
 use super::order::{Answer, DeltaOrder, Opened, Order, VolumeOrder};
 use super::ring::RingPlace;
-use super::worker::WORKER_ARGUMENT;
+use super::sandbox;
 
 /// Why the worker did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +64,8 @@ impl Worker {
     /// Starts a worker for a volume.
     fn start(part: &Part, offer: &Offer, counters: &File) -> Result<(Worker, Opened), WorkerError> {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
-        let process = process::execute_self("pando-blk", &[WORKER_ARGUMENT], theirs).map_err(WorkerError::Start)?;
+        let process =
+            process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
         let worker = Worker { conversation, process: Mutex::new(process) };
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
@@ -85,7 +86,7 @@ impl Worker {
                 let mut process = process.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
                 let status = process.wait().map_err(WorkerError::Wait)?;
                 if !status.success() {
-                    log::error!("the worker has died at its start ({status})");
+                    log::error!("the worker has died at its start ({status}){}", sandbox::remark_on(status));
                 }
                 Err(other.err().unwrap_or(WorkerError::Answer))
             }
@@ -109,8 +110,14 @@ impl Worker {
 
     /// Has it make everything durable and end.
     fn close(&self) -> Result<(), WorkerError> {
-        self.exchange(&Order::Close, &[])?;
-        self.wait().map(drop)
+        let answer = self.exchange(&Order::Close, &[]);
+        if matches!(answer, Ok(_) | Err(WorkerError::Conversation(ConversationError::Gone(_)))) {
+            let status = self.wait()?;
+            if !status.success() {
+                log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
+            }
+        }
+        answer.map(drop)
     }
 }
 
@@ -264,7 +271,7 @@ impl Service {
     /// Starts a worker in place of one that has died.
     pub fn replace_dead(&mut self) -> Result<(), WorkerError> {
         let status = self.worker.wait()?;
-        log::error!("the worker has died ({status}); starting another");
+        log::error!("the worker has died ({status}){}; starting another", sandbox::remark_on(status));
         let (worker, opened) = Worker::start(&self.part, &self.offer, &self.counters)?;
         self.worker = worker;
         self.replace_device(&opened);

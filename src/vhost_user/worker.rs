@@ -22,6 +22,7 @@ use super::device::{self, Description, Device, serial_from};
 use super::order::{Answer, Opened, Order, RingOrder, RingRun, SessionOrder, VolumeOrder};
 use super::queue::{Queue, RunningQueue};
 use super::ring::{self, Ring, RingError};
+use super::sandbox;
 use super::service::chain_of;
 
 /// The argument by which the program knows that it is to be a worker.
@@ -72,13 +73,14 @@ enum WorkerError {
 
 /// Serves as a worker until the keeper says to close, or is gone.
 ///
-/// To be called first thing in the process. Its standard input is the conversation with the keeper.
+/// To be called first thing in the process. Its standard input is the conversation with the keeper. Nothing is read there outside the sandbox.
 pub fn run() -> io::Result<()> {
     process::close_inherited()?;
     process::allow_interrupts()?;
     process::settle_allocator();
     process::set_name(c"pando-worker");
     let conversation = Conversation::over(process::standard_input()?.into(), "keeper");
+    sandbox::close_worker().map_err(io::Error::other)?;
     let mut worker: Option<Worker> = None;
     loop {
         let (order, descriptors) = match conversation.receive() {
