@@ -13,6 +13,8 @@ mod raw;
 mod ring;
 mod target;
 
+#[cfg(debug_assertions)]
+mod attempts;
 mod boots;
 mod drain;
 mod driver;
@@ -21,4 +23,7 @@ mod lifecycle;
 mod messages;
 mod reference;
 mod requests;
+pub mod sandbox;
 mod setup;
+#[cfg(debug_assertions)]
+mod tables;
