@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 
 use crate::sys::buffers::{Readable, Writable};
+use crate::sys::file;
 use crate::sys::mapping::FileMapping;
 
 /// The bytes below a delta. Past its end there are zeros, without end; a blank volume's base has no bytes at all.
@@ -14,12 +15,12 @@ pub struct Base {
 impl Base {
     /// Maps all of an image.
     pub fn map(image: &File) -> io::Result<Base> {
-        Ok(Base { mapping: FileMapping::new(image, image.metadata()?.len())? })
+        Ok(Base { mapping: FileMapping::new(image, file::len(image)?)? })
     }
 
     /// The base of a blank volume.
-    pub fn empty() -> io::Result<Base> {
-        Ok(Base { mapping: FileMapping::new(&File::open("/dev/null")?, 0)? })
+    pub fn empty() -> Base {
+        Base { mapping: FileMapping::empty() }
     }
 
     /// Length in bytes.

@@ -12,6 +12,7 @@ pub mod file;
 pub mod guest;
 pub mod mapping;
 pub mod process;
+pub mod sandbox;
 pub mod shared;
 pub mod socket;
 pub mod watch;
