@@ -198,8 +198,8 @@ impl Deaths {
     /// A worker that dies so soon after taking over may have died of what it took over.
     const SOON: Duration = Duration::from_secs(10);
     const IN_VAIN_MAX: u32 = 5;
-    /// So many within that time are too many in any case.
-    const RECENT_MAX: usize = 200;
+    /// So many within that time are too many in any case: one that dies of one ring's request gets further on others.
+    const RECENT_MAX: usize = 300;
     /// How long no other worker is started then.
     const HOLD: Duration = Duration::from_secs(60);
 
