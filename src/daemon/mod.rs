@@ -24,6 +24,7 @@ mod metrics;
 mod names;
 mod reconcile;
 mod run;
+mod upgrade;
 mod volumes;
 
 pub use backends::Manner;

@@ -434,6 +434,23 @@ impl Backends {
         }
     }
 
+    /// The backend's program.
+    pub fn program(&self) -> &Path {
+        &self.manner.program
+    }
+
+    /// Has a backend go on with another program.
+    pub fn upgrade(&self, id: i64, program: &File) -> Result<(), BackendError> {
+        self.running(id)?.link.ask(&Command::Upgrade, &[program.as_fd()], END_PATIENCE)?;
+        Ok(())
+    }
+
+    /// Has a backend try another worker at once.
+    pub fn resume(&self, id: i64) -> Result<(), BackendError> {
+        self.running(id)?.link.ask(&Command::Resume, &[], PATIENCE)?;
+        Ok(())
+    }
+
     /// Makes a volume larger under its guest.
     pub fn grow(&self, id: i64, bytes: u64) -> Result<(), BackendError> {
         let backend = self.running(id)?;
