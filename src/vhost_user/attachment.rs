@@ -30,7 +30,7 @@ pub struct Part {
     /// What it is called in reports to a controller.
     pub tag: String,
     /// The image, open for reading; `None`: a blank volume.
-    pub base: Option<File>,
+    pub base: Option<AttachedBase>,
     /// The delta, open for writing and locked; `None`: a read-only volume.
     pub delta: Option<AttachedDelta>,
     /// What GET_ID answers; `None`: made of the delta's UUID.
@@ -42,6 +42,20 @@ impl Part {
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let base = self.base.as_ref().map(AsFd::as_fd);
         base.into_iter().chain(self.delta.as_ref().map(|delta| delta.file.as_fd()))
+    }
+}
+
+/// An image, open.
+pub struct AttachedBase {
+    /// The file.
+    pub file: File,
+    /// What to call it in messages.
+    pub label: String,
+}
+
+impl AsFd for AttachedBase {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

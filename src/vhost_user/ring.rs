@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
+use crate::sys::guard;
 use crate::sys::guest::{GuestMemory, SharedArea, full_barrier};
 
 /// The largest ring that virtio allows.
@@ -85,6 +86,13 @@ pub enum RingError {
     /// The driver names a descriptor that does not exist.
     #[error("the available ring names descriptor {head}, and the ring has {size}")]
     Head { head: u16, size: u16 },
+    /// The front end has taken memory away that the ring needs, or the host has lost it.
+    #[error("memory of the ring{} is gone: its file has become shorter, or the page is lost", at(guest_address))]
+    Gone { guest_address: Option<u64> },
+}
+
+fn at(guest_address: &Option<u64>) -> String {
+    guest_address.map_or(String::new(), |address| format!(" at guest address {address:#x}"))
 }
 
 /// What is wrong with one chain of descriptors. The ring itself goes on.
@@ -163,7 +171,7 @@ impl Ring {
         let [descriptors, available, used] = place.parts(event_idx);
         let (descriptors, available, used) = (area(descriptors)?, area(available)?, area(used)?);
         let next_used = used.load(INDEX_AT);
-        Ok(Ring {
+        let ring = Ring {
             size,
             descriptors,
             available,
@@ -173,7 +181,18 @@ impl Ring {
             published: next_used,
             event_idx,
             notify_next: true,
-        })
+        };
+        ring.check_memory()?;
+        Ok(ring)
+    }
+
+    /// Sees that all memory was there that this thread has used the ring with since it last asked. What is gone has been read as zeros.
+    #[inline]
+    pub fn check_memory(&self) -> Result<(), RingError> {
+        match guard::take_fault() {
+            None => Ok(()),
+            Some(fault) => Err(RingError::Gone { guest_address: self.used.memory().guest_address_of(fault) }),
+        }
     }
 
     /// Takes as the next entry the one that the used ring says: all before it is complete.
@@ -190,6 +209,7 @@ impl Ring {
     #[inline]
     pub fn waiting(&self) -> Result<u16, RingError> {
         let index = self.available.load_acquire(INDEX_AT);
+        self.check_memory()?;
         let count = index.wrapping_sub(self.next_available);
         if count > self.size {
             return Err(RingError::Jumped { from: self.next_available, to: index, size: self.size });
@@ -202,6 +222,7 @@ impl Ring {
     pub fn take(&mut self) -> Result<u16, RingError> {
         let entry = usize::from(self.next_available % self.size);
         let head = self.available.load(ENTRIES_AT + entry * AVAILABLE_ENTRY_BYTES);
+        self.check_memory()?;
         if head >= self.size {
             return Err(RingError::Head { head, size: self.size });
         }
@@ -247,11 +268,12 @@ impl Ring {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Shows all completions to the driver, and says whether it wants to be notified of them.
+    /// Shows all completions to the driver, and says whether it wants to be notified of them. Shows none when memory was gone that they
+    /// were written to, which the next check says.
     #[inline]
     pub fn publish(&mut self) -> bool {
         let before = self.published;
-        if self.next_used == before {
+        if self.next_used == before || guard::has_fault() {
             return false;
         }
         self.used.store_release(INDEX_AT, self.next_used);
@@ -277,7 +299,8 @@ impl Ring {
         }
     }
 
-    /// Asks the driver to kick for the next request, and says whether one has come meanwhile, for which no kick may come.
+    /// Asks the driver to kick for the next request, and says whether there is no waiting for that: one has come meanwhile, for which no
+    /// kick may come, or memory is gone.
     pub fn resume_kicks(&self) -> bool {
         if self.event_idx {
             self.used.store_release(ENTRIES_AT + usize::from(self.size) * USED_ENTRY_BYTES, self.next_available);
@@ -285,7 +308,7 @@ impl Ring {
             self.used.store_release(FLAGS_AT, 0);
         }
         full_barrier();
-        self.available.load_acquire(INDEX_AT) != self.next_available
+        self.available.load_acquire(INDEX_AT) != self.next_available || guard::has_fault()
     }
 }
 

@@ -12,6 +12,7 @@ use crate::block::base::Base;
 use crate::block::delta::{Delta, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
+use crate::sys::guard;
 use crate::sys::guest::{GuestMemory, MapError};
 use crate::sys::process;
 use crate::units::ClusterSize;
@@ -74,6 +75,7 @@ enum WorkerError {
 ///
 /// To be called first thing in the process. Its standard input is the conversation with the keeper.
 pub fn run() -> io::Result<()> {
+    guard::install()?;
     process::close_inherited()?;
     process::allow_interrupts()?;
     process::set_name(c"pando-worker");
@@ -149,8 +151,10 @@ impl Worker {
             log::set_max_level(level);
         }
         let counters = Counters::map(&File::from(descriptors.take()?)).map_err(WorkerError::MapCounters)?;
-        let base = descriptors.take_if(order.has_base)?.map(File::from);
-        let base = base.map_or_else(Base::empty, |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
+        let base = descriptors.take_if(order.base.is_some())?.map(File::from);
+        let base = base.zip(order.base.clone());
+        let base =
+            base.map_or_else(Base::empty, |(file, label)| Base::map(&file, label)).map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
         descriptors.finish()?;
         let (volume, uuid) = match (&order.delta, delta) {

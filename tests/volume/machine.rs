@@ -122,7 +122,7 @@ impl Machine {
     /// A volume on some disk, over this machine's base.
     pub fn open<S: Storage + Clone>(&self, disk: &S) -> Result<Volume<S>, Box<dyn Error>> {
         let delta = Delta::start(disk.clone(), "disk".to_owned(), self.header.clone(), Lifetime::Persistent)?;
-        Ok(Volume::cow(Base::map(&self.base)?, delta))
+        Ok(Volume::cow(Base::map(&self.base, "base".into())?, delta))
     }
 
     /// Where things lie on the disk.
