@@ -16,6 +16,7 @@ mod target;
 mod boots;
 mod drain;
 mod driver;
+mod gone;
 mod hostile;
 mod lifecycle;
 mod messages;
