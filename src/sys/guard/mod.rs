@@ -28,7 +28,7 @@ use x86_64 as machine;
 /// make them; twice is as good as once. Without it a fault ends the process.
 pub use machine::install;
 
-pub(super) use machine::{copy, fill_zero, load_u16, load_u64, store_u16, store_u64};
+pub(super) use machine::{copy, fill_zero, load_u16, load_u64, or_u8, store_u16, store_u64};
 
 /// No page is smaller.
 pub(super) const PAGE_BYTES_MIN: usize = 4096;

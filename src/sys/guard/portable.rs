@@ -4,7 +4,7 @@
 //! order and wholeness are the processor's: between the two a page may still go, and take the process with it.
 
 use std::io;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use super::{Fault, note_fault};
 
@@ -95,6 +95,19 @@ pub unsafe fn store_u16(at: *mut u16, value: u16) {
     unsafe {
         if is_there::<2>(at.cast()) {
             AtomicU16::from_ptr(at).store(value, Ordering::Release);
+        }
+    }
+}
+
+/// Sets bits of a byte in one step, after everything that was written before it; a note of it when that faults.
+///
+/// # Safety
+/// A byte at `at` is mapped for reading and writing, whether or not its page can be had, and no reference to it is live.
+pub unsafe fn or_u8(at: *mut u8, bits: u8) {
+    // SAFETY: what the caller vouches for; others access this byte only as an atomic, or from outside of this process.
+    unsafe {
+        if is_there::<1>(at) {
+            AtomicU8::from_ptr(at).fetch_or(bits, Ordering::Release);
         }
     }
 }

@@ -19,6 +19,7 @@ struct Way {
     store_u16: unsafe fn(*mut u16, u16),
     load_u64: unsafe fn(*const u64) -> u64,
     store_u64: unsafe fn(*mut u64, u64),
+    or_u8: unsafe fn(*mut u8, u8),
 }
 
 /// All of them, ready.
@@ -34,6 +35,7 @@ fn ways() -> Vec<Way> {
                 store_u16: $module::store_u16,
                 load_u64: $module::load_u64,
                 store_u64: $module::store_u64,
+                or_u8: $module::or_u8,
             }
         };
     }
@@ -245,6 +247,8 @@ fn numbers_are_read_and_written_and_faults_of_them_are_noted() {
                 (way.store_u64)(there.add(5).cast(), 0x0123_4567_89ab_cdef);
                 assert_eq!((way.load_u64)(there.add(5).cast()), 0x0123_4567_89ab_cdef, "{}: at any address", way.name);
                 assert_eq!((way.load_u16)(there.add(2).cast()), 0xffff, "{}", way.name);
+                (way.or_u8)(there.add(200), 0b1001_0000);
+                assert_eq!((way.load_u16)(there.add(200).cast()), 0b0000_0010_1001_0010, "{}: bits are set", way.name);
                 assert_eq!(take_fault(), None, "{}", way.name);
 
                 assert_eq!((way.load_u16)(gone.add(100).cast()), 0, "{}", way.name);
@@ -257,6 +261,8 @@ fn numbers_are_read_and_written_and_faults_of_them_are_noted() {
                 pages.is_lost(take_fault().unwrap(), 2);
                 (way.store_u64)(gone.cast(), 1);
                 pages.is_lost(take_fault().unwrap(), 2);
+                (way.or_u8)(gone.add(9), 1);
+                assert_eq!(take_fault(), Some(Fault { address: gone.addr() + 9 }), "{}", way.name);
                 // In part: nothing of it is read.
                 assert_eq!((way.load_u64)(gone.sub(4).cast()), 0, "{}", way.name);
                 pages.is_lost(take_fault().unwrap(), 2);

@@ -144,7 +144,7 @@ macro_rules! guarded {
             ".long 3b - .",
             ".popsection",
             $($operands)*
-            options(nostack, preserves_flags),
+            options(nostack),
         )
     };
 }
@@ -191,6 +191,16 @@ pub unsafe fn load_u64(at: *const u64) -> u64 {
 pub unsafe fn store_u64(at: *mut u64, value: u64) {
     // SAFETY: writes what the caller may write.
     unsafe { guarded!("mov qword ptr [{at}], {value}", at = in(reg) at, value = in(reg) value,) };
+}
+
+/// Sets bits of a byte in one step, after everything that was written before it; a note of it when that faults.
+///
+/// # Safety
+/// A byte at `at` is mapped writable, whether or not its page can be had, and no reference to it is live.
+#[inline]
+pub unsafe fn or_u8(at: *mut u8, bits: u8) {
+    // SAFETY: writes what the caller may write.
+    unsafe { guarded!("lock or byte ptr [{at}], {bits}", at = in(reg) at, bits = in(reg_byte) bits,) };
 }
 
 /// Copies bytes. After a fault some of them may have been copied, in any order.
