@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 
 use crate::sys::buffers::{Readable, Writable};
+use crate::sys::file;
 use crate::sys::guard::Fault;
 use crate::sys::mapping::FileMapping;
 
@@ -19,12 +20,12 @@ pub struct Base {
 impl Base {
     /// Maps all of an image, which messages call `label`.
     pub fn map(image: &File, label: String) -> io::Result<Base> {
-        Ok(Base { mapping: FileMapping::new(image, image.metadata()?.len())?, label })
+        Ok(Base { mapping: FileMapping::new(image, file::len(image)?)?, label })
     }
 
     /// The base of a blank volume.
-    pub fn empty() -> io::Result<Base> {
-        Ok(Base { mapping: FileMapping::new(&File::open("/dev/null")?, 0)?, label: String::new() })
+    pub fn empty() -> Base {
+        Base { mapping: FileMapping::empty(), label: String::new() }
     }
 
     /// Length in bytes.

@@ -50,7 +50,7 @@ pub struct FileStorage {
 impl FileStorage {
     /// Takes over `file`, which has to be open for reading and, unless it is only looked at, writing.
     pub fn new(file: File) -> io::Result<FileStorage> {
-        let mapping = FileMapping::new(&file, file.metadata()?.len())?;
+        let mapping = FileMapping::new(&file, file::len(&file)?)?;
         Ok(FileStorage { file, mapping })
     }
 

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,8 +11,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::sys::file;
+use crate::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
 
-use super::backends::{Backends, Notice};
+use super::backends::{Backends, Manner, Notice};
 use super::error::{Error, chain};
 use super::{Host, Places, api};
 
@@ -26,8 +26,8 @@ const END_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Options {
     /// Where it keeps what it has.
     pub places: Places,
-    /// The backend's program.
-    pub backend: PathBuf,
+    /// How backends are started.
+    pub backends: Manner,
     /// Where its metrics are served besides, if anywhere.
     pub metrics_address: Option<SocketAddr>,
 }
@@ -70,7 +70,12 @@ pub fn run(options: Options) -> Result<(), RunError> {
 async fn serve(options: Options) -> Result<(), RunError> {
     let system = |action, what: String| move |source| RunError::System { action, what, source };
     let (notices, mut noticed) = tokio::sync::mpsc::unbounded_channel();
-    let backends = Backends::new(options.backend, tokio::runtime::Handle::current(), notices);
+    if !options.backends.sandbox {
+        log::warn!(
+            "NO SANDBOX ({NO_SANDBOX_ARGUMENT}): a guest that takes its backend over can do all that the daemon's user can"
+        );
+    }
+    let backends = Backends::new(options.backends, tokio::runtime::Handle::current(), notices);
     let places = options.places;
     let (host, _lock) = blocking(move || {
         std::fs::create_dir_all(&places.state).map_err(|source| RunError::System {

@@ -99,6 +99,11 @@ fn with_fault(error: io::Error, memory: &[Readable<'_>]) -> io::Error {
     memory.iter().find_map(Readable::find_fault).or_else(first).map_or(error, io::Error::other)
 }
 
+/// How many bytes a file has. As [`File::metadata`] says, without a system call that also takes paths.
+pub fn len(file: &File) -> io::Result<u64> {
+    Ok(rustix::fs::fstat(file)?.st_size.cast_unsigned())
+}
+
 /// Gives the space of `len` bytes at `offset` back; they read as zeros afterwards. The length of the file stays.
 pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let (offset, len) = (to_off(offset, 0)?, to_off(len, 0)?);

@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use rustix::fs::FileType;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -179,10 +180,11 @@ impl Region {
         if place.bytes == 0 || ends.contains(&None) || usize::try_from(place.bytes).is_err() {
             return Err(MapError::Place { place });
         }
-        let metadata = file.metadata().map_err(|source| MapError::File { place, source })?;
+        let stat = rustix::fs::fstat(&file).map_err(|source| MapError::File { place, source: source.into() })?;
+        let file_bytes = stat.st_size.cast_unsigned();
         // The length of a device says nothing.
-        if metadata.is_file() && metadata.len() < place.file_offset + place.bytes {
-            return Err(MapError::Short { place, file_bytes: metadata.len() });
+        if FileType::from_raw_mode(stat.st_mode).is_file() && file_bytes < place.file_offset + place.bytes {
+            return Err(MapError::Short { place, file_bytes });
         }
         let page = page_bytes(&file).map_err(|source| MapError::File { place, source })?;
         // The kernel maps at multiples of the page, which on hugetlbfs is 2 MiB or 1 GiB; there, the length has to be a multiple as well, or unmapping fails.

@@ -32,7 +32,7 @@ impl FileMapping {
     pub fn new(file: &File, len: u64) -> io::Result<FileMapping> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         if len == 0 {
-            return Ok(FileMapping { start: std::ptr::NonNull::dangling().as_ptr(), len });
+            return Ok(FileMapping::empty());
         }
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let start = unsafe {
@@ -49,6 +49,11 @@ impl FileMapping {
             return Err(io::Error::last_os_error());
         }
         Ok(FileMapping { start: start.cast_const().cast(), len })
+    }
+
+    /// A mapping without bytes, of no file.
+    pub fn empty() -> FileMapping {
+        FileMapping { start: std::ptr::NonNull::dangling().as_ptr(), len: 0 }
     }
 
     /// Length in bytes.

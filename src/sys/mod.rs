@@ -13,6 +13,7 @@ pub mod guard;
 pub mod guest;
 pub mod mapping;
 pub mod process;
+pub mod sandbox;
 pub mod shared;
 pub mod socket;
 pub mod watch;

@@ -6,18 +6,39 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
-/// Starts this very program again, under the name `name`, with `argument` alone and `standard_input` as its descriptor 0.
-pub fn execute_self(name: &str, argument: &str, standard_input: OwnedFd) -> io::Result<Child> {
+/// Lets panics tell where they were and no more, here and in programs that are executed: for a backtrace, files would be opened.
+///
+/// To be called while the process has one thread.
+pub fn forgo_backtraces() {
+    // SAFETY: nobody else reads or changes the environment meanwhile, by this function's condition.
+    unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
+}
+
+/// Starts this very program again, under the name `name`, with these arguments alone and `standard_input` as its descriptor 0.
+pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
     // The file that this process runs, also when another has been installed at its path meanwhile.
-    Command::new("/proc/self/exe").arg0(name).arg(argument).stdin(Stdio::from(standard_input)).spawn()
+    Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()
 }
 
 /// Sets the name that `ps` and `top` show for this process; what is longer than 15 bytes is cut off.
 pub fn set_name(name: &std::ffi::CStr) {
     // SAFETY: a string that ends; the call copies at most 16 bytes of it. It cannot fail.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// Descriptor 0 itself, for a process that is given nothing else and opens nothing.
+///
+/// To be called once in a process, which does not read from standard input by any other way.
+pub fn standard_input() -> io::Result<OwnedFd> {
+    // SAFETY: takes no pointers, and fails when the descriptor is not open.
+    if unsafe { libc::fcntl(libc::STDIN_FILENO, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open, and nobody else's, by this function's condition.
+    Ok(unsafe { OwnedFd::from_raw_fd(libc::STDIN_FILENO) })
 }
 
 /// Descriptor 0 as this process's own.
@@ -125,10 +146,35 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
 }
 
-/// An identity of this boot of the host's kernel: what the page cache held is lost once it changes.
+/// The identity of this boot, once it is known.
+static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+
+/// An identity of this boot of the host's kernel: what the page cache held is lost once it changes. No process sees it change.
 pub fn boot_id() -> io::Result<[u8; 16]> {
+    if let Some(known) = BOOT_ID.get() {
+        return Ok(*known);
+    }
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    uuid::Uuid::parse_str(text.trim()).map(uuid::Uuid::into_bytes).map_err(io::Error::other)
+    let id = uuid::Uuid::parse_str(text.trim()).map(uuid::Uuid::into_bytes).map_err(io::Error::other)?;
+    Ok(*BOOT_ID.get_or_init(|| id))
+}
+
+/// Tells a process that cannot ask what [`boot_id`] is.
+pub fn note_boot_id(id: [u8; 16]) {
+    BOOT_ID.get_or_init(|| id);
+}
+
+/// Keeps the C library's allocator from asking how many processors there are, for which it may open a file, when threads
+/// come to use it.
+pub fn settle_allocator() {
+    /// Threads that may allocate at the same time without waiting for each other.
+    #[cfg(target_env = "gnu")]
+    const ARENAS: libc::c_int = 8;
+    // SAFETY: takes no pointers. What it fails to set stays as it is.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, ARENAS);
+    }
 }
 
 /// Gives a number that nobody else's delta has.

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::AtomicU64;
 
+use super::file;
+
 /// A new piece of memory as a file without a name, `bytes` long for good: no one who maps it can be hurt by whoever else has it.
 pub fn create(name: &std::ffi::CStr, bytes: u64) -> io::Result<File> {
     // SAFETY: a string that ends.
@@ -43,7 +45,7 @@ impl SharedNumbers {
         let bytes = count * size_of::<AtomicU64>();
         // SAFETY: takes no pointers.
         let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
-        if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 || file.metadata()?.len() < bytes as u64 {
+        if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 || file::len(file)? < bytes as u64 {
             let expected = format!("expected memory of {bytes} bytes that cannot shrink");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, expected));
         }

@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use crate::sys::process::{self, StopSignals};
+use crate::sys::sandbox::SandboxError;
 use crate::sys::socket::{self, PacketListener};
 
 use super::attachment::{Attachment, Endpoint, Offer};
 use super::boot::History;
 use super::control::{self, Command, Controllers, Event, Reply, Said};
 use super::conversation::Conversation;
+use super::sandbox;
 use super::service::{Management, Rest, Service, WorkerError, chain_of};
 use super::session::Session;
 
@@ -38,6 +40,9 @@ pub enum KeeperError {
     /// The worker said no, or is gone.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// It would serve without its sandbox.
+    #[error("cannot close the sandbox (--no-sandbox goes without one, for debugging)")]
+    Sandbox(#[from] SandboxError),
     /// The system said no.
     #[error("cannot {action}")]
     System {
@@ -83,6 +88,7 @@ pub fn serve_managed(signals: &StopSignals) -> Result<(), KeeperError> {
     if stop {
         return Ok(());
     }
+    sandbox::close_keeper(None)?;
     let (attachment, listener) = receive_attachment(&controller).inspect_err(|error| {
         // It may be gone as well.
         let _ = controller.send(&Said::Reply(Reply::Failed(chain_of(error))), &[]);

@@ -7,7 +7,7 @@
 //!
 //! [`order`] is all that they say to each other. [`device`] is what a driver gets to know; both use it. Who starts a keeper may go on
 //! talking with it ([`control`]), have it serve another image from the guest's next boot on ([`boot`] says when that is), and read what the
-//! worker counts ([`counters`]).
+//! worker counts ([`counters`]). What is left to either of the two when it has been taken over is in [`sandbox`].
 
 pub mod attachment;
 pub mod boot;
@@ -22,6 +22,7 @@ pub mod order;
 pub mod queue;
 pub mod request;
 pub mod ring;
+pub mod sandbox;
 pub mod service;
 pub mod session;
 pub mod state;

@@ -53,6 +53,8 @@ pub struct VolumeOrder {
     pub hold_ms: u64,
     /// How much to log.
     pub log_level: u8,
+    /// Which boot of the host this is ([`crate::sys::process::boot_id`]).
+    pub boot: [u8; 16],
 }
 
 /// A delta, as a descriptor.

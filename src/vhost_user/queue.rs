@@ -211,10 +211,8 @@ impl Queue {
         self.notify(stop, complaints);
         self.suspend_kicks();
         steps::reach(Step::Recovered);
-        let mut inherits = !self.again.is_empty();
-        if inherits {
+        if !self.again.is_empty() {
             log::info!("ring {}: {} requests of the last worker's are carried out again", self.index, self.again.len());
-            self.vitals.inherit();
         }
         loop {
             if self.again.is_empty() && stop.asked.load(Ordering::Acquire) {
@@ -238,10 +236,6 @@ impl Queue {
                 tally.count(&self.counters, self.index, taken.elapsed());
                 self.vitals.end(self.index);
                 result?;
-                if inherits && self.again.is_empty() {
-                    self.vitals.inheritance_done();
-                    inherits = false;
-                }
             } else if !self.resume_kicks() {
                 epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
                 self.suspend_kicks();

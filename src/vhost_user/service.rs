@@ -24,8 +24,8 @@ use super::device::{self, Device, SERIAL_BYTES};
 use super::inflight::{self, RegionShape};
 use super::order::{Answer, DeltaOrder, Opened, Order, RingStop, VolumeOrder};
 use super::ring::RingPlace;
+use super::sandbox;
 use super::vitals::{self, Watch};
-use super::worker::WORKER_ARGUMENT;
 
 /// Why the worker did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +91,8 @@ impl Worker {
     /// Starts a worker for a volume.
     fn start(part: &Part, offer: &Offer, counters: &File, watch: &mut Watch) -> Result<(Worker, Opened), WorkerError> {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
-        let process = process::execute_self("pando-blk", WORKER_ARGUMENT, theirs).map_err(WorkerError::Start)?;
+        let process =
+            process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
         let mut worker = Worker { conversation, process };
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
@@ -101,6 +102,7 @@ impl Worker {
             serial: part.serial,
             hold_ms: offer.hold.as_millis() as u64,
             log_level: log::max_level() as u8,
+            boot: process::boot_id().map_err(WorkerError::Start)?,
         };
         let result = {
             let ours = [counters].into_iter().chain(watch.files());
@@ -115,7 +117,10 @@ impl Worker {
             Ok(Answer::Opened(opened)) => Ok((worker, opened)),
             other => {
                 // Whatever it is at: nobody else may open the delta while it lives.
-                worker.end()?;
+                let status = worker.end()?;
+                if !status.success() {
+                    log::error!("the worker has died at its start ({status}){}", sandbox::remark_on(status));
+                }
                 Err(other.err().unwrap_or(WorkerError::Answer))
             }
         }
@@ -170,8 +175,14 @@ impl Worker {
 
     /// Has it make everything durable and end.
     fn close(&mut self, watch: &mut Watch) -> Result<(), WorkerError> {
-        self.exchange(watch, &Order::Close, &[])?;
-        self.process.wait().map(drop).map_err(WorkerError::Wait)
+        let answer = self.exchange(watch, &Order::Close, &[]);
+        if matches!(answer, Ok(_) | Err(WorkerError::Conversation(ConversationError::Gone(_)))) {
+            let status = self.process.wait().map_err(WorkerError::Wait)?;
+            if !status.success() {
+                log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
+            }
+        }
+        answer.map(drop)
     }
 }
 
@@ -187,8 +198,8 @@ impl Deaths {
     /// A worker that dies so soon after taking over may have died of what it took over.
     const SOON: Duration = Duration::from_secs(10);
     const IN_VAIN_MAX: u32 = 5;
-    /// So many within that time are too many in any case.
-    const RECENT_MAX: usize = 200;
+    /// So many within that time are too many in any case: one that dies of one ring's request gets further on others.
+    const RECENT_MAX: usize = 300;
     /// How long no other worker is started then.
     const HOLD: Duration = Duration::from_secs(60);
 
@@ -651,7 +662,7 @@ impl Service {
         let status = worker.end()?;
         self.tell_latch();
         self.deaths.note(self.watch.has_got_further());
-        log::error!("the worker has died ({status})");
+        log::error!("the worker has died ({status}){}", sandbox::remark_on(status));
         self.tell(Event::WorkerDied { status: status.to_string() });
         Ok(())
     }

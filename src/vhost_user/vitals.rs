@@ -6,7 +6,7 @@
 //! living one, and no more.
 //!
 //! ```text
-//! watched | latch | inherited | held | reserved (4) | pulse of ring 0 | pulse of ring 1 | ...
+//! watched | latch | held | reserved (5) | pulse of ring 0 | pulse of ring 1 | ...
 //! ```
 
 use std::fs::File;
@@ -18,11 +18,10 @@ use crate::sys::events;
 use crate::sys::shared::{self, SharedNumbers};
 
 /// How many requests wait for room. A queue whose requests do is not stuck.
-const HELD: usize = 3;
+const HELD: usize = 2;
 /// The number that is not zero once a sync has failed.
 pub const LATCH: usize = 1;
 const WATCHED: usize = 0;
-const INHERITED: usize = 2;
 const PULSES: usize = 8;
 /// Rings that have a pulse of their own; those beyond share the last one's, and are not watched.
 const RINGS: usize = 256;
@@ -86,19 +85,9 @@ impl Vitals {
         pulse.store((pulse.load(Ordering::Relaxed) | 1).wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// A ring has requests of the last worker's to complete.
-    pub fn inherit(&self) {
-        self.numbers.at(INHERITED).fetch_add(1, Ordering::AcqRel);
-    }
-
     /// So many requests more, or fewer, wait for room.
     pub fn count_held(&self, more: i64) {
         self.numbers.at(HELD).fetch_add(more.cast_unsigned(), Ordering::AcqRel);
-    }
-
-    /// They are complete.
-    pub fn inheritance_done(&self) {
-        self.numbers.at(INHERITED).fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -141,7 +130,6 @@ impl Watch {
 
     /// Notes that another worker takes over.
     pub fn taken_over(&mut self) {
-        self.numbers.at(INHERITED).store(0, Ordering::Release);
         self.numbers.at(HELD).store(0, Ordering::Release);
         for ring in 0..self.seen.len() {
             // What was begun will not end.
@@ -160,9 +148,9 @@ impl Watch {
         self.numbers.at(PULSES + ring).load(Ordering::Acquire)
     }
 
-    /// Whether the worker that took over last has completed what it inherited, and a batch besides.
+    /// Whether the worker that took over last has completed a batch.
     pub fn has_got_further(&self) -> bool {
-        self.pulses() != self.at_takeover && self.numbers.at(INHERITED).load(Ordering::Acquire) == 0
+        self.pulses() != self.at_takeover
     }
 
     /// Whether a queue is at a batch.
@@ -270,7 +258,6 @@ mod tests {
         let vitals = Vitals::map(&memory, watch.wake.try_clone().unwrap()).unwrap();
         watch.taken_over();
         assert!(!watch.has_got_further());
-        vitals.inherit();
         vitals.begin(1);
         watch.next = Some(Instant::now());
         assert_eq!(watch.look(), None);
@@ -278,8 +265,6 @@ mod tests {
         watch.next = Some(Instant::now());
         assert_eq!(watch.look(), Some(1));
         vitals.end(1);
-        assert!(!watch.has_got_further(), "it has not completed what it inherited");
-        vitals.inheritance_done();
         assert!(watch.has_got_further());
         watch.taken_over();
         assert!(!watch.has_got_further());

@@ -26,6 +26,7 @@ use super::inflight::{InflightError, RegionShape};
 use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
 use super::queue::{Queue, QueueLog, RunningQueue};
 use super::ring::{self, Ring, RingError};
+use super::sandbox;
 use super::service::chain_of;
 use super::steps::{self, Step};
 use super::vitals::{self, Vitals};
@@ -86,14 +87,16 @@ enum WorkerError {
 
 /// Serves as a worker until the keeper says to close, or is gone.
 ///
-/// To be called first thing in the process. Its standard input is the conversation with the keeper.
+/// To be called first thing in the process. Its standard input is the conversation with the keeper. Nothing is read there outside the sandbox.
 pub fn run() -> io::Result<()> {
     guard::install()?;
     process::close_inherited()?;
     process::allow_interrupts()?;
+    process::settle_allocator();
     process::set_name(c"pando-worker");
     steps::choose();
-    let conversation = Conversation::over(process::take_standard_input()?.into(), "keeper");
+    let conversation = Conversation::over(process::standard_input()?.into(), "keeper");
+    sandbox::close_worker().map_err(io::Error::other)?;
     let mut worker: Option<Worker> = None;
     loop {
         let (order, descriptors) = match conversation.receive() {
@@ -176,14 +179,16 @@ impl Worker {
         if let Some(level) = log::LevelFilter::iter().nth(order.log_level.into()) {
             log::set_max_level(level);
         }
+        process::note_boot_id(order.boot);
         let counters = Counters::map(&File::from(descriptors.take()?)).map_err(WorkerError::MapCounters)?;
         let (memory, wake) = (File::from(descriptors.take()?), File::from(descriptors.take()?));
         let latch = Latch::shared(vitals::numbers(&memory).map_err(WorkerError::MapVitals)?, vitals::LATCH);
         let vitals = Vitals::map(&memory, wake).map_err(WorkerError::MapVitals)?;
         let base = descriptors.take_if(order.base.is_some())?.map(File::from);
         let base = base.zip(order.base.clone());
-        let base =
-            base.map_or_else(Base::empty, |(file, label)| Base::map(&file, label)).map_err(WorkerError::MapBase)?;
+        let base = base
+            .map_or_else(|| Ok(Base::empty()), |(file, label)| Base::map(&file, label))
+            .map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
         descriptors.finish()?;
         let (volume, uuid) = match (&order.delta, delta) {

@@ -88,7 +88,7 @@ impl Disk {
         let (file, header) = open::open_locked(&self.delta()).unwrap();
         let base = match header.base {
             Some(_) => Base::map(&File::open(self.path("base.raw")).unwrap(), "base".into()).unwrap(),
-            None => Base::empty().unwrap(),
+            None => Base::empty(),
         };
         let storage = FileStorage::new(file).unwrap();
         let delta = Delta::start(storage, "vm.delta".to_owned(), header, Lifetime::Persistent).unwrap();

@@ -22,6 +22,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Daemon {
     site: Site,
     process: Option<Child>,
+    /// More that it is started with.
+    pub arguments: Vec<String>,
     _directory: TempDir,
 }
 
@@ -69,9 +71,15 @@ impl Answer {
 impl Daemon {
     /// Starts a daemon with nothing in it.
     pub fn new() -> Daemon {
+        Daemon::with(&[])
+    }
+
+    /// As [`Daemon::new`], with more arguments.
+    pub fn with(arguments: &[&str]) -> Daemon {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let site = Site { directory: directory.path().to_owned() };
-        let mut daemon = Daemon { site, process: None, _directory: directory };
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut daemon = Daemon { site, process: None, arguments, _directory: directory };
         daemon.start();
         daemon
     }
@@ -87,6 +95,7 @@ impl Daemon {
             .arg(self.path("state"))
             .arg("--run-dir")
             .arg(self.path("run"))
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

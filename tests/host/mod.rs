@@ -11,4 +11,5 @@ mod hostile;
 mod life;
 mod many;
 mod model;
+mod sandbox;
 mod updates;

@@ -144,8 +144,13 @@ pub fn manner() -> Serve {
 
 /// A process that waits for a command, and its controller.
 pub fn start(disk: &Disk) -> (Backend, Watcher) {
+    start_command(disk, program())
+}
+
+/// As [`start`], from a command that lacks its argument.
+pub fn start_command(disk: &Disk, mut command: std::process::Command) -> (Backend, Watcher) {
     let (controller, theirs) = Conversation::with("keeper").expect("a pair");
-    let backend = Backend::start_command(program().arg(MANAGED_ARGUMENT).stdin(theirs), &disk.path("socket"));
+    let backend = Backend::start_command(command.arg(MANAGED_ARGUMENT).stdin(theirs), &disk.path("socket"));
     (backend, Watcher::new(controller))
 }
 
@@ -153,7 +158,13 @@ impl Managed {
     /// Serves a volume.
     #[track_caller]
     pub fn serve(disk: &Disk, volume: &Volume, manner: Serve) -> Managed {
-        let (backend, mut watcher) = start(disk);
+        Managed::serve_on(start(disk), disk, volume, manner)
+    }
+
+    /// As [`Managed::serve`], by a process that waits for a command.
+    #[track_caller]
+    pub fn serve_on(started: (Backend, Watcher), disk: &Disk, volume: &Volume, manner: Serve) -> Managed {
+        let (backend, mut watcher) = started;
         let control = disk.path("control");
         let counters = counters::create().expect("counters");
         let front_ends = UnixListener::bind(backend.socket()).expect("a socket");

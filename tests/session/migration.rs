@@ -213,7 +213,7 @@ fn a_guest_moves_back_and_forth_with_its_delta() {
             let ring = &storms[index].queue.ring;
             let _ = client.front_end.set_vring_kick(index, &ring.kick.descriptor);
             let _ = client.front_end.set_vring_enable(index, true);
-            here.log().expect_after(0, &["is in use by process"]);
+            here.log().expect_after(0, &["is in use by"]);
         }
         drop(client);
         here.stop();

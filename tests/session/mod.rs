@@ -15,6 +15,8 @@ mod ring;
 mod storm;
 mod target;
 
+#[cfg(debug_assertions)]
+mod attempts;
 mod boots;
 mod deaths;
 mod drain;
@@ -27,4 +29,7 @@ mod messages;
 mod migration;
 mod reference;
 mod requests;
+pub mod sandbox;
 mod setup;
+#[cfg(debug_assertions)]
+mod tables;

@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
@@ -28,6 +29,8 @@ pub struct Storm {
     running: HashMap<u16, (u32, Range<usize>)>,
     /// How many requests have completed.
     pub completed: u64,
+    /// The same, for others to see while it works.
+    pub progress: Arc<AtomicU64>,
     /// The longest time without a completion.
     pub longest: Duration,
 }
@@ -43,6 +46,7 @@ impl Storm {
             rng: SmallRng::seed_from_u64(seed ^ (number as u64) << 32),
             running: HashMap::new(),
             completed: 0,
+            progress: Arc::default(),
             longest: Duration::ZERO,
         }
     }
@@ -122,6 +126,7 @@ impl Storm {
             );
         }
         self.completed += 1;
+        self.progress.store(self.completed, Ordering::Relaxed);
     }
 
     /// Works until told to stop, and then until all is complete.

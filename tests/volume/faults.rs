@@ -164,7 +164,7 @@ fn a_failed_sync_latches_the_next_process_too() {
     delta::format(&disk, &header).unwrap();
     let open = || {
         let delta = Delta::start(disk.clone(), "disk".to_owned(), header.clone(), Lifetime::Persistent).unwrap();
-        Volume::cow(Base::empty().unwrap(), delta.latching_in(latch()))
+        Volume::cow(Base::empty(), delta.latching_in(latch()))
     };
     let write = |volume: &Volume<Disk>| {
         let mut batch = Batch::default();

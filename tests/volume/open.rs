@@ -154,7 +154,7 @@ fn calls_for(virtual_bytes: u64) -> Counts {
     let header = blank(virtual_bytes).header().unwrap();
     delta::format(&disk, &header).unwrap();
     let delta = Delta::start(disk.clone(), "disk".to_owned(), header, Lifetime::Persistent).unwrap();
-    let volume = Volume::cow(Base::empty().unwrap(), delta);
+    let volume = Volume::cow(Base::empty(), delta);
     write_and_read(&volume, virtual_bytes - 512);
     volume.close().unwrap();
     disk.counts()
@@ -185,7 +185,7 @@ fn a_size_costs_nothing() {
             let (file, header) = open::open_locked(&path).unwrap();
             let storage = FileStorage::new(file).unwrap();
             let delta = Delta::start(storage, "delta".to_owned(), header, Lifetime::Persistent).unwrap();
-            write_and_read(&Volume::cow(Base::empty().unwrap(), delta), (64 << 40) - 512);
+            write_and_read(&Volume::cow(Base::empty(), delta), (64 << 40) - 512);
         }
     }
 }

@@ -282,7 +282,7 @@ fn a_full_log_turns() {
     // The same session, taken over, now with the film running.
     drop(delta);
     let delta = Delta::start(film.clone(), "disk".to_owned(), header.clone(), Lifetime::Persistent).unwrap();
-    let volume = Volume::cow(Base::empty().unwrap(), delta);
+    let volume = Volume::cow(Base::empty(), delta);
 
     const WRITES: u64 = 6;
     let sector_of = |index: u64| index * 16 + 3;
@@ -296,7 +296,7 @@ fn a_full_log_turns() {
     }
     assert!(film.disk.counts().syncs > 1, "the log was full");
     for (completed, disk) in film.copies.lock().unwrap().drain(..) {
-        let volume = Volume::cow(Base::empty().unwrap(), open(disk));
+        let volume = Volume::cow(Base::empty(), open(disk));
         for index in 0..completed {
             let mut bytes = [0; SECTOR_BYTES as usize];
             volume.read(sector_of(index) * SECTOR_BYTES, &[Writable::from_mut_slice(&mut bytes)]).unwrap();

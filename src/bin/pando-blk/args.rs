@@ -13,6 +13,7 @@ use pando::vhost_user::attachment::HOLD_DEFAULT;
 use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::ring::RING_SIZE_MAX;
+use pando::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
 use pando::vhost_user::worker::WORKER_ARGUMENT;
 
 const HELP: &str = "\
@@ -49,6 +50,7 @@ What is offered:
 
   --log LEVEL          error, warn, info (the default), debug or trace, to standard error
   --no-inflight        keep no account of requests in flight, to measure what it costs: a crash may then lose some
+  --no-sandbox         for debugging: a guest that takes the backend over can do what its user can
 
   --print-capabilities print what QEMU's conventions ask for, as JSON
   --help, --version
@@ -63,9 +65,9 @@ const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\"read-o
 /// What the process is to do.
 pub enum Invocation {
     /// Be a worker; only ever asked for by a keeper.
-    Worker,
+    Worker { sandbox: bool },
     /// Serve what descriptor 0 says; only ever asked for by a daemon.
-    Managed,
+    Managed { sandbox: bool },
     /// Print this and be done.
     Print(String),
     /// Serve.
@@ -84,6 +86,7 @@ pub struct Options {
     pub tracks_inflight: bool,
     pub hold: Duration,
     pub log_level: log::LevelFilter,
+    pub sandbox: bool,
 }
 
 /// Where writes go.
@@ -137,15 +140,20 @@ struct Typed {
     on_full: Option<OnFull>,
     hold_timeout: Option<Duration>,
     log_level: Option<log::LevelFilter>,
+    no_sandbox: bool,
 }
 
 /// Reads the command line.
 pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
-    if arguments.iter().skip(1).eq([WORKER_ARGUMENT]) {
-        return Ok(Invocation::Worker);
-    }
-    if arguments.iter().skip(1).eq([MANAGED_ARGUMENT]) {
-        return Ok(Invocation::Managed);
+    for sandbox in [true, false] {
+        let is =
+            |role| arguments.iter().skip(1).eq([role].into_iter().chain((!sandbox).then_some(NO_SANDBOX_ARGUMENT)));
+        if is(WORKER_ARGUMENT) {
+            return Ok(Invocation::Worker { sandbox });
+        }
+        if is(MANAGED_ARGUMENT) {
+            return Ok(Invocation::Managed { sandbox });
+        }
     }
     // By QEMU's conventions, everything else is ignored then.
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
@@ -201,6 +209,7 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
             Long("queues") => once(&mut typed.queues, "--queues", value(&mut parser, "--queues")?)?,
             Long("queue-size") => once(&mut typed.ring_size_max, "--queue-size", value(&mut parser, "--queue-size")?)?,
             Long("serial") => once(&mut typed.serial, "--serial", value(&mut parser, "--serial")?)?,
+            Long("no-sandbox") => typed.no_sandbox = true,
             Long("log") => once(&mut typed.log_level, "--log", value(&mut parser, "--log")?)?,
             other => return Err(other.unexpected().into()),
         }
@@ -296,6 +305,7 @@ impl Typed {
             tracks_inflight: !self.no_inflight,
             hold,
             log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
+            sandbox: !self.no_sandbox,
         })
     }
 }

@@ -11,23 +11,24 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use pando::sys::process::StopSignals;
-use pando::vhost_user::{keeper, worker};
+use pando::vhost_user::{keeper, sandbox, worker};
 
 use args::Invocation;
+use open::SocketFile;
 
 fn main() -> ExitCode {
     let result = match args::parse(&std::env::args_os().collect::<Vec<_>>()) {
-        Ok(Invocation::Worker) => {
-            start_log("worker", log::LevelFilter::Info);
+        Ok(Invocation::Worker { sandbox }) => {
+            start("worker", log::LevelFilter::Info, sandbox);
             worker::run().context("the worker failed")
         }
-        Ok(Invocation::Managed) => {
-            start_log("keeper", log::LevelFilter::Info);
+        Ok(Invocation::Managed { sandbox }) => {
+            start("keeper", log::LevelFilter::Info, sandbox);
             managed()
         }
         Ok(Invocation::Print(text)) => std::io::stdout().write_all(text.as_bytes()).context("cannot print"),
         Ok(Invocation::Serve(options)) => {
-            start_log("keeper", options.log_level);
+            start("keeper", options.log_level, options.sandbox);
             serve(&options)
         }
         Err(error) => {
@@ -48,6 +49,8 @@ fn serve(options: &args::Options) -> anyhow::Result<()> {
     // From here on a request to stop is answered in good order, also while the volume is being opened.
     let signals = StopSignals::hold().context("cannot hold back signals")?;
     let (attachment, socket) = open::attach(options)?;
+    // From here on nothing is opened, and front ends are listened to.
+    sandbox::close_keeper(socket.as_ref().map(SocketFile::directory)).map_err(keeper::KeeperError::from)?;
     let result = keeper::serve(attachment, &signals, || log::info!("ready for front ends at {}", options.place));
     drop(socket);
     Ok(result?)
@@ -58,7 +61,10 @@ fn managed() -> anyhow::Result<()> {
     Ok(keeper::serve_managed(&signals)?)
 }
 
-fn start_log(process: &'static str, level: log::LevelFilter) {
+fn start(process: &'static str, level: log::LevelFilter, has_sandbox: bool) {
+    if !has_sandbox {
+        sandbox::leave_open();
+    }
     env_logger::Builder::new()
         // The worker is told its level later; what may pass at most is decided here, once.
         .filter_level(log::LevelFilter::Trace)

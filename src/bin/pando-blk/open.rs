@@ -25,6 +25,17 @@ pub struct SocketFile {
     inode: u64,
 }
 
+impl SocketFile {
+    /// The directory that it is in.
+    pub fn directory(&self) -> &Path {
+        directory_of(&self.path)
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         // Somebody may have put another in its place.
@@ -198,8 +209,7 @@ fn bind(path: &Path) -> anyhow::Result<UnixListener> {
         result => return Ok(result?),
     }
     // Two that start at once must not both find the socket dead and one then remove the other's.
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let directory = File::open(directory).context("cannot open its directory")?;
+    let directory = File::open(directory_of(path)).context("cannot open its directory")?;
     directory.lock().context("cannot lock its directory")?;
     let metadata = std::fs::symlink_metadata(path)?;
     ensure!(metadata.file_type().is_socket(), "there is a file that is not a socket");

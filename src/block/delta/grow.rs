@@ -70,7 +70,7 @@ mod tests {
         let (file, header) = open::open_locked(path).unwrap();
         let storage = FileStorage::new(file).unwrap();
         let delta = Delta::start(storage, "delta".to_owned(), header, Lifetime::Persistent).unwrap();
-        Volume::cow(Base::empty().unwrap(), delta)
+        Volume::cow(Base::empty(), delta)
     }
 
     fn read(volume: &Volume, offset: u64, len: usize) -> Vec<u8> {

@@ -30,6 +30,7 @@ use crate::vhost_user::device::serial_from;
 use crate::vhost_user::order::DeltaOrder;
 
 use link::Link;
+pub use process::Manner;
 
 /// The largest ring that is taken, in descriptors.
 const RING_SIZE_MAX: u16 = 32768;
@@ -152,7 +153,7 @@ struct Backend {
 
 /// All backends of this host.
 pub struct Backends {
-    program: PathBuf,
+    manner: Manner,
     runtime: Handle,
     notices: UnboundedSender<Notice>,
     running: Mutex<BTreeMap<i64, Arc<Backend>>>,
@@ -170,9 +171,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Backends {
     /// None yet.
-    pub fn new(program: PathBuf, runtime: Handle, notices: UnboundedSender<Notice>) -> Backends {
+    pub fn new(manner: Manner, runtime: Handle, notices: UnboundedSender<Notice>) -> Backends {
         Backends {
-            program,
+            manner,
             runtime,
             notices,
             running: Mutex::default(),
@@ -219,8 +220,8 @@ impl Backends {
         let counters = self.counters_of(id).map_err(io("make counters for", &launch.socket))?;
 
         let (socket, mut process) =
-            process::start(&self.program, &self.runtime).map_err(io("execute", &self.program))?;
-        let link = self.link(id, socket).map_err(io("talk to", &self.program))?;
+            process::start(&self.manner, &self.runtime).map_err(io("execute", &self.manner.program))?;
+        let link = self.link(id, socket).map_err(io("talk to", &self.manner.program))?;
         let command = Command::Serve(Serve {
             volume: spec_of(&launch.part),
             queues: launch.queues,

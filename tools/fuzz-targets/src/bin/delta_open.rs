@@ -194,7 +194,7 @@ fn serve(choices: &mut Choices<'_>, delta: &File, header: &Header, known: &mut K
     // A volume of more than the processor can address cannot be mapped.
     let storage = FileStorage::new(delta.try_clone().unwrap()).ok()?;
     let delta = Delta::start(storage, "fuzz".into(), header.clone(), Lifetime::Persistent).ok()?;
-    let volume = Volume::cow(Base::empty().unwrap(), delta);
+    let volume = Volume::cow(Base::empty(), delta);
     let mut batch = Batch::default();
     let sectors = volume.bytes() / SECTOR;
     check_known(&volume, known);
