@@ -2,12 +2,15 @@
 //! that lies in them ends, and the worker serves on.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 
-use vhost::VhostBackend;
+use rustix::fs::MemfdFlags;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
+use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 
-use super::client::{Client, Profile, check_served};
-use super::guest::Guest;
+use super::client::{Client, LOG_ALL, Profile, check_served};
+use super::guest::{Guest, memfd};
 use super::harness::{Disk, PATIENCE, SECTOR, image_bytes, text};
 use super::queue::{DISCARD, GET_ID, IN, IOERR, NO_STATUS, OK, OUT, Queue, WRITE_ZEROES, header, range_bytes};
 use super::ring::{Buffer, Event};
@@ -302,27 +305,76 @@ fn an_idle_ring_in_memory_that_is_gone_ends_when_it_is_touched() {
     }
 }
 
+/// Memory of the front end's that is not the guest's: where account is kept of requests, and where writes are noted.
+const BOOK_BYTES: u64 = 64 << 10;
+
+/// Has the backend keep account of requests in memory that can be taken away.
+fn offer_account(client: &mut Client) -> File {
+    let file = memfd(BOOK_BYTES, MemfdFlags::empty()).expect("memory");
+    let (num_queues, queue_size) = (1, client.profile.ring_size);
+    let inflight = VhostUserInflight { mmap_size: BOOK_BYTES, mmap_offset: 0, num_queues, queue_size };
+    client.front_end.set_inflight_fd(&inflight, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
+    file
+}
+
+#[test]
+fn a_ring_whose_account_or_log_is_gone_ends() {
+    let mut target = Target::new();
+    let worker = target.backend.worker();
+    for of_log in [false, true] {
+        let mark = target.backend.log().mark();
+        let profile = Profile::qemu().answered();
+        let mut client = Client::negotiate(target.backend.connect(), &profile, Guest::new());
+        let account = offer_account(&mut client);
+        client.tell_memory();
+        client.set_up(0, 0);
+        client.enable(0, true);
+        let log = memfd(BOOK_BYTES, MemfdFlags::empty()).expect("memory");
+        if of_log {
+            let region =
+                VhostUserDirtyLogRegion { mmap_size: BOOK_BYTES, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+            client.front_end.set_log_base(0, Some(region)).expect("SET_LOG_BASE");
+            client.front_end.set_features(client.features | LOG_ALL).expect("SET_FEATURES");
+        }
+        assert!(client.queues[0].read(0, SECTOR) == target.model[..SECTOR]);
+        let gone = if of_log { log } else { account };
+        gone.set_len(0).expect("the memfd shrinks");
+        client.queues[0].submit(IN, 8, &[], SECTOR);
+        client.queues[0].ring.kick_anyway();
+        target.backend.log().expect_after(mark, &["ring 0", "gone", "served no further"]);
+        assert_eq!(client.queues[0].ring.used_index(), 1, "a completion was shown that nobody has noted");
+        drop(client);
+        target.check("a ring whose account or log is gone");
+        target.same_worker(worker);
+    }
+}
+
 #[test]
 fn a_ring_in_memory_that_was_gone_already_is_not_started() {
     let mut target = Target::new();
     let worker = target.backend.worker();
-    let mark = target.backend.log().mark();
-    let mut client = Client::negotiate(target.backend.connect(), &Profile::qemu(), Guest::new());
-    client.tell_memory();
-    client.settle();
-    client.guest.file_of(0).set_len(0).expect("the memfd shrinks");
-    let ring = &client.queues[0].ring;
-    let (config, kick) = (ring.config(), &ring.kick.descriptor);
-    // What the backend refuses ends the connection, and the rest finds it closed.
-    let _ = (client.front_end.set_vring_num(0, 128))
-        .and_then(|()| client.front_end.set_vring_base(0, 0))
-        .and_then(|()| client.front_end.set_vring_addr(0, &config))
-        .and_then(|()| client.front_end.set_vring_kick(0, kick))
-        .and_then(|()| client.front_end.set_vring_enable(0, true));
-    target.backend.log().expect_after(mark, &["ring 0 cannot be served", "gone"]);
-    drop(client);
-    target.check("a ring in memory that was gone");
-    target.same_worker(worker);
+    for of_account in [false, true] {
+        let mark = target.backend.log().mark();
+        let profile = Profile::qemu();
+        let mut client = Client::negotiate(target.backend.connect(), &profile, Guest::new());
+        let account = offer_account(&mut client);
+        client.tell_memory();
+        client.settle();
+        let gone = if of_account { account } else { client.guest.file_of(0) };
+        gone.set_len(0).expect("the memfd shrinks");
+        let ring = &client.queues[0].ring;
+        let (config, kick) = (ring.config(), &ring.kick.descriptor);
+        // What the backend refuses ends the connection, and the rest finds it closed.
+        let _ = (client.front_end.set_vring_num(0, profile.ring_size))
+            .and_then(|()| client.front_end.set_vring_base(0, 0))
+            .and_then(|()| client.front_end.set_vring_addr(0, &config))
+            .and_then(|()| client.front_end.set_vring_kick(0, kick))
+            .and_then(|()| client.front_end.set_vring_enable(0, true));
+        target.backend.log().expect_after(mark, &["ring 0 cannot be served", "gone"]);
+        drop(client);
+        target.check("a ring in memory that was gone");
+        target.same_worker(worker);
+    }
 }
 
 /// All of guest memory at once, while it is used.
