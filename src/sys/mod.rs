@@ -9,6 +9,7 @@ pub mod array;
 pub mod buffers;
 pub mod events;
 pub mod file;
+pub mod guard;
 pub mod guest;
 pub mod mapping;
 pub mod process;

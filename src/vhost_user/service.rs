@@ -114,7 +114,7 @@ impl Worker {
     ) -> Result<(Worker, Opened), WorkerError> {
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
-            has_base: part.base.is_some(),
+            base: part.base.as_ref().map(|base| base.label.clone()),
             delta: delta.map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral }),
             queues: offer.queues,
             serial: part.serial,

@@ -13,6 +13,7 @@ use crate::block::base::Base;
 use crate::block::delta::{Delta, Latch, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
+use crate::sys::guard;
 use crate::sys::guest::{DirtyLog, GuestMemory, MapError, RegionPlace, SharedArea};
 use crate::sys::process;
 use crate::units::ClusterSize;
@@ -88,6 +89,7 @@ enum WorkerError {
 ///
 /// To be called first thing in the process. Its standard input is the conversation with the keeper. Nothing is read there outside the sandbox.
 pub fn run() -> io::Result<()> {
+    guard::install()?;
     process::close_inherited()?;
     process::allow_interrupts()?;
     process::settle_allocator();
@@ -183,8 +185,11 @@ impl Worker {
         let (memory, wake) = (File::from(descriptors.take()?), File::from(descriptors.take()?));
         let latch = Latch::shared(vitals::numbers(&memory).map_err(WorkerError::MapVitals)?, vitals::LATCH);
         let vitals = Vitals::map(&memory, wake).map_err(WorkerError::MapVitals)?;
-        let base = descriptors.take_if(order.has_base)?.map(File::from);
-        let base = base.map_or_else(|| Ok(Base::empty()), |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
+        let base = descriptors.take_if(order.base.is_some())?.map(File::from);
+        let base = base.zip(order.base.clone());
+        let base = base
+            .map_or_else(|| Ok(Base::empty()), |(file, label)| Base::map(&file, label))
+            .map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
         descriptors.finish()?;
         let (volume, uuid) = match (&order.delta, delta) {

@@ -510,7 +510,7 @@ impl Backends {
 fn spec_of(part: &Part) -> VolumeSpec {
     VolumeSpec {
         tag: part.tag.clone(),
-        has_base: part.base.is_some(),
+        base: part.base.as_ref().and(part.image).map(|image| format!("the image {image}")),
         delta: part.delta.as_ref().map(|(_, label)| DeltaOrder { label: label.clone(), ephemeral: false }),
         serial: Some(serial_from(&part.serial)),
     }
