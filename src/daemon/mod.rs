@@ -26,6 +26,7 @@ mod reconcile;
 mod run;
 mod volumes;
 
-pub use backends::Manner;
+pub use access::Caller;
+pub use backends::{Backends, Manner};
 pub use host::{Host, Places};
 pub use run::{Options, RunError, run};

@@ -3,11 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+#[cfg(not(fuzzing))]
 use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
-use std::process::{Child, Command, Stdio};
+#[cfg(not(fuzzing))]
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
+
+/// A process that was started here.
+#[cfg(not(fuzzing))]
+pub use std::process::Child;
+
+#[cfg(fuzzing)]
+pub use super::stand_in::Child;
 
 /// Lets panics tell where they were and no more, here and in programs that are executed: for a backtrace, files would be opened.
 ///
@@ -17,7 +26,14 @@ pub fn forgo_backtraces() {
     unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
 }
 
+/// As below, but a thread.
+#[cfg(fuzzing)]
+pub fn execute_self(_name: &str, _arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
+    Child::start(standard_input)
+}
+
 /// Starts this very program again, under the name `name`, with these arguments alone and `standard_input` as its descriptor 0.
+#[cfg(not(fuzzing))]
 pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
     // The file that this process runs, also when another has been installed at its path meanwhile.
     Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()

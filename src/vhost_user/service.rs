@@ -9,11 +9,12 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crate::block::delta::{grow, open};
-use crate::sys::{file, process, socket};
+use crate::sys::process::{self, Child};
+use crate::sys::{file, socket};
 use crate::units::ByteCount;
 
 use super::attachment::{AttachedDelta, Offer, Part};
