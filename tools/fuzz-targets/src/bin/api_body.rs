@@ -140,6 +140,10 @@ fuzz_target!(|data: &[u8]| {
             let answer = site.ask(request("GET", path, None, Some(caller(0))).unwrap());
             assert_eq!(answer.status, StatusCode::OK, "{path}: {}", answer.text());
         }
+        let answer = site.ask(request("GET", "/v1/audit", None, Some(caller(0))).unwrap());
+        let records: Vec<types::AuditRecord> = serde_json::from_slice(&answer.body).unwrap();
+        let is_short = |record: &types::AuditRecord| record.object.len() < 300 && record.detail.len() < 2000;
+        assert!(records.iter().all(is_short), "anybody can fill the log: {records:?}");
     }
     site.close();
     assert_eq!(open_descriptors(), before, "a descriptor stays open");
