@@ -86,8 +86,7 @@ pub fn repair(path: &Path) -> Result<(Vec<Repair>, Report), OpenError> {
                 bytes += range.end - range.start;
                 // A file that was cut off may end within a block, which goes only as a whole.
                 let end = range.end.next_multiple_of(ClusterSize::BYTES_MIN);
-                file::punch_hole(&file, range.start, end - range.start)
-                    .map_err(io("give space back of", range.start))
+                file::punch_hole(&file, range.start, end - range.start).map_err(io("give space back of", range.start))
             })?;
         }
         if bytes > 0 {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use fuzz_targets::session::backend::{self, BASE_SECTORS, Backend, Volumed};
 use fuzz_targets::session::disk::Disk;
 use fuzz_targets::session::front_end::{self as message, FrontEnd, VERSION, longs, words};
-use fuzz_targets::session::guest::{self, Guest, REGION_BYTES, RING_SIZE, RINGS, USER};
+use fuzz_targets::session::guest::{self, Guest, REGION_BYTES, RING_SIZE, RINGS, USER, Wish};
 use fuzz_targets::{Choices, open_descriptors, threads, unnamed_file};
 use libfuzzer_sys::fuzz_target;
 use pando::sys::buffers::Readable;
@@ -259,7 +259,7 @@ impl Play {
                 guest.kick(0);
                 guest.finish(0, &mut served.disk);
             }
-            guest.put(0, slot, guest::IN, range, &mut served.disk, 0, 1);
+            guest.put(0, slot, Wish { kind: guest::IN, sectors: range, number: 0, form: 1 }, &mut served.disk);
         }
         guest.kick(0);
         guest.finish(0, &mut served.disk);
@@ -442,7 +442,7 @@ impl Play {
             body.resize(choices.below(300) as usize, 0xff);
         }
         let flags =
-            if choices.rarely() { choices.any() } else { VERSION | choices.below(2) as u32 * message::NEED_REPLY };
+            if choices.rarely() { choices.any() } else { VERSION | (choices.below(2) as u32 * message::NEED_REPLY) };
         let mut bytes = message::message(request, flags, &body);
         if choices.rarely() {
             let len = choices.any::<u32>();

@@ -79,6 +79,16 @@ pub struct Ring {
     pending: [Option<Request>; SLOTS],
 }
 
+/// What a driver is to ask for.
+pub struct Wish {
+    pub kind: u32,
+    pub sectors: Range<u64>,
+    /// Of the write, if it is one.
+    pub number: u16,
+    /// How its descriptors lie: one bit for an indirect table, one for data in two pieces.
+    pub form: u64,
+}
+
 /// A request that the device has not given back.
 #[derive(Clone)]
 struct Request {
@@ -197,20 +207,12 @@ impl Guest {
             DISCARD => start / 8 * 8..(start / 8 * 8 + 8).min(end),
             _ => start..start + count,
         };
-        self.put(ring, slot, kind, sectors, disk, number, choices.below(4));
+        self.put(ring, slot, Wish { kind, sectors, number, form: choices.below(4) }, disk);
     }
 
-    /// Puts a request into a slot that is free; `form`: how its descriptors lie.
-    pub fn put(
-        &mut self,
-        ring: usize,
-        slot: usize,
-        kind: u32,
-        sectors: Range<u64>,
-        disk: &mut Disk,
-        number: u16,
-        form: u64,
-    ) {
+    /// Puts a request into a slot that is free.
+    pub fn put(&mut self, ring: usize, slot: usize, wish: Wish, disk: &mut Disk) {
+        let Wish { kind, sectors, number, form } = wish;
         let data_at = REGION_BYTES + (ring * SLOTS + slot) as u64 * DATA_BYTES;
         let header_at = HEADERS + (ring * SLOTS + slot) as u64 * HEADER_STRIDE;
         let len = (sectors.end - sectors.start) * SECTOR as u64;
@@ -332,7 +334,7 @@ impl Guest {
             self.ask_for_call(ring);
             let head = u32::from_le_bytes([element[0], element[1], element[2], element[3]]);
             let len = u32::from_le_bytes([element[4], element[5], element[6], element[7]]);
-            assert!(head % 3 == 0 && head < 3 * SLOTS as u32, "descriptor {head} is given back");
+            assert!(head.is_multiple_of(3) && head < 3 * SLOTS as u32, "descriptor {head} is given back");
             let slot = head as usize / 3;
             let request = self.rings[ring].pending[slot].take().expect("what is given back was pending");
             self.check(ring, slot, &request, len, disk);
