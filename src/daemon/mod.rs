@@ -27,6 +27,7 @@ mod run;
 mod upgrade;
 mod volumes;
 
-pub use backends::Manner;
+pub use access::Caller;
+pub use backends::{Backends, Manner};
 pub use host::{Host, Places};
 pub use run::{Options, RunError, run};

@@ -16,4 +16,6 @@ pub mod process;
 pub mod sandbox;
 pub mod shared;
 pub mod socket;
+#[cfg(fuzzing)]
+pub mod stand_in;
 pub mod watch;

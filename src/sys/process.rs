@@ -9,6 +9,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
+#[cfg(fuzzing)]
+pub use super::stand_in::Running;
+
 /// Lets panics tell where they were and no more, here and in programs that are executed: for a backtrace, files would be opened.
 ///
 /// To be called while the process has one thread.
@@ -17,10 +20,19 @@ pub fn forgo_backtraces() {
     unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
 }
 
+/// As below, but a thread.
+#[cfg(fuzzing)]
+pub fn execute_self(_name: &str, _arguments: &[&str], standard_input: OwnedFd) -> io::Result<Running> {
+    Running::start(standard_input)
+}
+
 /// Starts this very program again, under the name `name`, with these arguments alone and `standard_input` as its descriptor 0.
-pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
+#[cfg(not(fuzzing))]
+pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Running> {
     // The file that this process runs, also when another has been installed at its path meanwhile.
-    Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()
+    let mut command = Command::new("/proc/self/exe");
+    let child = command.arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()?;
+    Ok(Running::from_number(child.id()))
 }
 
 /// Starts the program that is open as `program`, as [`execute_self`] does.
@@ -54,10 +66,12 @@ pub fn keep_on_exec(number: RawFd, keep: bool) -> io::Result<()> {
 }
 
 /// A child of this process, whichever program it was started by.
+#[cfg(not(fuzzing))]
 pub struct Running {
     process: u32,
 }
 
+#[cfg(not(fuzzing))]
 impl Running {
     /// The child with this number, which nobody else waits for.
     pub fn from_number(process: u32) -> Running {

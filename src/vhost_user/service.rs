@@ -101,7 +101,7 @@ impl Worker {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
         let process =
             process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        Ok(Worker { conversation, process: Running::from_number(process.id()) })
+        Ok(Worker { conversation, process })
     }
 
     /// Has it open a volume.

@@ -97,7 +97,24 @@ pub fn run() -> io::Result<()> {
     steps::choose();
     let conversation = Conversation::over(process::standard_input()?.into(), "keeper");
     sandbox::close_worker().map_err(io::Error::other)?;
-    let mut worker: Option<Worker> = None;
+    serve(&conversation, &mut None)
+}
+
+/// As [`run`], in a thread that stands in for the process: what the end of a process ends is ended here, and completes what it has taken.
+#[cfg(fuzzing)]
+pub fn stand_in(conversation: std::os::fd::OwnedFd) {
+    let mut worker = None;
+    let conversation = Conversation::over(conversation.into(), "keeper");
+    let serves = std::panic::AssertUnwindSafe(|| serve(&conversation, &mut worker));
+    // Whoever listens is told that it is gone, as of any worker that fails.
+    let _ = std::panic::catch_unwind(serves);
+    for ring in worker.into_iter().flat_map(|worker| worker.rings.into_values()) {
+        // Of a thread that has unwound, nothing is left.
+        let _ = ring.queue.stop();
+    }
+}
+
+fn serve(conversation: &Conversation, worker: &mut Option<Worker>) -> io::Result<()> {
     loop {
         let (order, descriptors) = match conversation.receive() {
             Ok(received) => received,
@@ -108,7 +125,7 @@ pub fn run() -> io::Result<()> {
             Err(error) => return Err(io::Error::other(error)),
         };
         let mut closes = matches!(order, Order::Close);
-        let answer = match carry_out(&mut worker, order, descriptors) {
+        let answer = match carry_out(worker, order, descriptors) {
             Ok(answer) => answer,
             Err(error) => {
                 // Not closed: it is still the one that knows what was lost.
