@@ -380,7 +380,9 @@ impl Backends {
 
     /// What is known of a backend; `None` when it does not run.
     pub fn view(&self, id: i64) -> Option<Live> {
-        self.running(id).ok().map(|backend| lock(&backend.live).clone())
+        let backend = self.running(id).ok()?;
+        let live = lock(&backend.live).clone();
+        Some(Live { connected: backend.link.has_front_end(), ..live })
     }
 
     /// Whether a backend is at the other end of its connection.
@@ -391,13 +393,6 @@ impl Backends {
     /// Notes that a backend's connection has ended.
     pub fn forget(&self, id: i64) {
         lock(&self.running).remove(&id);
-    }
-
-    /// Notes whether a front end is connected.
-    pub fn note_connected(&self, id: i64, connected: bool) {
-        if let Ok(backend) = self.running(id) {
-            lock(&backend.live).connected = connected;
-        }
     }
 
     /// Notes that what was staged is served.
