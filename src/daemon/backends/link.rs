@@ -82,6 +82,7 @@ impl Link {
                 Err(error) if error.would_block() && Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(1));
                 }
+                Err(ConversationError::Gone(_)) => return Err(BackendError::Gone),
                 Err(error) => return Err(silent(error.to_string())),
             }
         }
@@ -89,7 +90,7 @@ impl Link {
             Ok((Reply::Failed(reason), _)) => Err(BackendError::Refused { reason }),
             Ok(reply) => Ok(reply),
             Err(RecvTimeoutError::Timeout) => Err(silent(format!("no reply within {} s", patience.as_secs()))),
-            Err(RecvTimeoutError::Disconnected) => Err(silent("it has ended".to_owned())),
+            Err(RecvTimeoutError::Disconnected) => Err(BackendError::Gone),
         }
     }
 }

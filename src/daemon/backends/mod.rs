@@ -60,9 +60,12 @@ pub enum BackendError {
     /// It said no.
     #[error("the backend refused: {reason}")]
     Refused { reason: String },
-    /// It is gone, or says nothing.
+    /// It says nothing, or nothing that can be understood.
     #[error("the backend does not answer: {reason}")]
     Silent { reason: String },
+    /// It has died. Whoever waits for that is told so, and starts another.
+    #[error("the backend has died")]
+    Gone,
     /// There is none.
     #[error("the backend is not there; it may be starting again")]
     Absent,
