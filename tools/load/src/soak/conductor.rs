@@ -129,8 +129,9 @@ impl Conductor {
         let machine = &self.machines[target];
         let (journal, name) = (self.journal.clone(), ALL[kind].name());
         let is_asked = machine.ask(Box::new(move |front_end| {
-            journal.begin(kind, Some(front_end.machine.number));
+            let ongoing = journal.begin(kind, Some(front_end.machine.number));
             task(front_end).context(name)?;
+            journal.end(ongoing);
             journal.done(kind);
             journal.say(&format!("{}: {name}: done", front_end.disk().volume));
             Ok(())

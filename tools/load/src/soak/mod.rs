@@ -147,7 +147,7 @@ impl Soak {
             // By its making.
             clerk.allow("channel.moved", &format!("channel:{channel}"));
         }
-        let warden = Warden::start(daemon, &site, &clerk, &self.watch)?;
+        let warden = Warden::start(daemon, &site, &clerk, &journal, &self.watch)?;
         let mut machines = Vec::new();
         for (number, disk) in disks.into_iter().enumerate() {
             journal.say(&format!("{disk:?}"));

@@ -26,13 +26,14 @@ pub fn report(summary: &Summary, journal: &Journal) -> String {
 }
 
 fn write(out: &mut String, summary: &Summary, journal: &Journal) -> std::fmt::Result {
-    writeln!(out, "{:<34} {:>8} {:>8} {:>14}", "disturbance", "done", "missed", "longest stall")?;
+    // Stalls: the longest without a completion, with that as the only cause that there was, and with others besides.
+    writeln!(out, "{:<32} {:>6} {:>7} {:>14} {:>14}", "disturbance", "done", "missed", "longest stall", "with others")?;
     for (kind, disturbance) in ALL.iter().enumerate() {
         let row = journal.row(kind);
-        let stall = seconds(row.longest_stall);
-        writeln!(out, "{:<34} {:>8} {:>8} {:>14}", disturbance.name(), row.done, row.missed, stall)?;
+        let (alone, longest) = (seconds(row.longest_alone), seconds(row.longest));
+        writeln!(out, "{:<32} {:>6} {:>7} {alone:>14} {longest:>14}", disturbance.name(), row.done, row.missed)?;
     }
-    writeln!(out, "{:<34} {:>8} {:>8} {:>14}", "none of these", "", "", seconds(journal.longest_otherwise()))?;
+    writeln!(out, "{:<32} {:>6} {:>7} {:>14}", "none of these", "", "", seconds(journal.longest_otherwise()))?;
 
     let Summary { seed, disks, time, tally, read_back_bytes, events } = summary;
     let quantile = |q| tally.latency.quantile_ns(q) as f64 / 1e3;

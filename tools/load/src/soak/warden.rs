@@ -10,12 +10,13 @@ use anyhow::Result;
 
 use crate::host::daemon::Daemon;
 use crate::soak::clerk::Clerk;
+use crate::soak::journal::Journal;
 use crate::soak::site::Site;
 use crate::soak::watch::{Pulse, Watch};
 
 enum Order {
-    /// Kill the daemon, and start another after so long.
-    Replace(Duration),
+    /// Kill the daemon, which is a disturbance of that kind, and start another after so long.
+    Replace(usize, Duration),
     End(Sender<Daemon>),
 }
 
@@ -25,16 +26,25 @@ pub struct Warden {
 }
 
 impl Warden {
-    pub fn start(daemon: Daemon, site: &Arc<Site>, clerk: &Arc<Clerk>, watch: &Arc<Watch>) -> Result<Self> {
+    pub fn start(
+        daemon: Daemon,
+        site: &Arc<Site>,
+        clerk: &Arc<Clerk>,
+        journal: &Arc<Journal>,
+        watch: &Arc<Watch>,
+    ) -> Result<Self> {
         let (orders, taken) = channel();
         let is_busy = Arc::new(AtomicBool::new(false));
-        let (site, clerk, pulse, busy) = (site.clone(), clerk.clone(), watch.pulse("warden"), is_busy.clone());
+        let (site, clerk, journal) = (site.clone(), clerk.clone(), journal.clone());
+        let (pulse, busy) = (watch.pulse("warden"), is_busy.clone());
         watch.spawn("warden", move || {
             let mut daemon = daemon;
             while let Ok(order) = taken.recv() {
                 match order {
-                    Order::Replace(after) => {
+                    Order::Replace(kind, after) => {
+                        let killed = journal.begin(kind, None);
                         replace(&mut daemon, after, &site, &clerk, &pulse)?;
+                        journal.end(killed);
                         busy.store(false, Ordering::Release);
                     }
                     Order::End(back) => {
@@ -50,9 +60,9 @@ impl Warden {
     }
 
     /// Has the daemon killed now and another one started after so long; false when that is being done already.
-    pub fn replace(&self, after: Duration) -> bool {
+    pub fn replace(&self, kind: usize, after: Duration) -> bool {
         let is_free = !self.is_busy.swap(true, Ordering::AcqRel);
-        is_free && self.orders.send(Order::Replace(after)).is_ok()
+        is_free && self.orders.send(Order::Replace(kind, after)).is_ok()
     }
 
     /// Gives the daemon back, which runs.

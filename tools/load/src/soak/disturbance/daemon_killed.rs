@@ -29,10 +29,7 @@ impl Disturbance for DaemonKilled {
         mut random: fastrand::Rng,
     ) -> Result<Begun> {
         let after = Duration::from_secs_f64(SECONDS_MAX * random.f64().powi(2));
-        if !conductor.warden.replace(after) {
-            return Ok(Begun::Missed);
-        }
-        conductor.journal.begin(kind, None);
-        Ok(Begun::Done)
+        let is_replaced = conductor.warden.replace(kind, after);
+        Ok(if is_replaced { Begun::Done } else { Begun::Missed })
     }
 }

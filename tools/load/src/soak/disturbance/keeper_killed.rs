@@ -34,13 +34,13 @@ impl Disturbance for KeeperKilled {
         Duration::from_secs(3)
     }
 
-    fn begin(&self, conductor: &mut Conductor, kind: usize, target: usize, _random: fastrand::Rng) -> Result<Begun> {
+    fn begin(&self, conductor: &mut Conductor, kind: usize, target: usize, mut random: fastrand::Rng) -> Result<Begun> {
         let machine = conductor.machines[target].clone();
         let (clerk, journal, object) = (conductor.clerk.clone(), conductor.journal.clone(), machine.disk.object());
         let killed = machine.strike(|| {
             let (pid, keeper) = conductor.keeper(target)?;
             let workers = household::workers(pid);
-            journal.begin(kind, Some(target));
+            journal.end(journal.begin(kind, Some(target)));
             let killed = machine.keeper_strikes.strike(|| {
                 clerk.death(&object, || {
                     clerk.expect("backend.died", &object);
@@ -49,7 +49,7 @@ impl Disturbance for KeeperKilled {
                     clerk.allow("backend.restarted", &object);
                     // The keeper first: nobody is left to start another worker.
                     keeper.send(libc::SIGKILL)?;
-                    for worker in &workers {
+                    for worker in workers.iter().filter(|_| random.u8(..3) > 0) {
                         // It may have ended with its keeper.
                         let _ = worker.send(libc::SIGKILL);
                     }

@@ -28,7 +28,7 @@ impl Disturbance for WorkerKilled {
         let (clerk, journal) = (conductor.clerk.clone(), conductor.journal.clone());
         let killed = machine.strike(|| {
             let worker = conductor.worker(target)?;
-            journal.begin(kind, Some(target));
+            journal.end(journal.begin(kind, Some(target)));
             let sent = worker.send(libc::SIGKILL);
             if sent.is_ok() {
                 clerk.expect("worker.died", &machine.disk.object());

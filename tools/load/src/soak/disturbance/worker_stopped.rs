@@ -32,12 +32,14 @@ impl Disturbance for WorkerStopped {
         if worker.send(libc::SIGSTOP).is_err() {
             return Ok(Begun::Missed);
         }
-        conductor.journal.begin(kind, Some(target));
+        let journal = conductor.journal.clone();
+        let stopped = journal.begin(kind, Some(target));
         // Most are short.
         let time = Duration::from_secs_f64(SECONDS_MAX * random.f64().powi(2));
         conductor.later(time, move || {
             // It may have been killed meanwhile.
             let _ = worker.send(libc::SIGCONT);
+            journal.end(stopped);
         });
         Ok(Begun::Done)
     }
