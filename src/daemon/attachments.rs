@@ -391,8 +391,8 @@ impl Host {
         Ok(())
     }
 
-    /// Sees what a backend serves after nothing is staged there any more.
-    fn settle_served(&self, volume: &VolumeRow, row: &AttachmentRow) -> Result<(), Error> {
+    /// Sees what a backend serves after nothing is staged there any more. The caller has the volume alone.
+    pub fn settle_served(&self, volume: &VolumeRow, row: &AttachmentRow) -> Result<(), Error> {
         let served = self.backends.report(row.id)?;
         self.note_served(volume, row, &served.tag)?;
         self.catalog.change(|facts| {

@@ -230,6 +230,26 @@ fn an_image_of_another_size_is_told_of() {
 }
 
 #[test]
+fn a_volume_that_grows_is_as_large_on_its_next_image() {
+    let Setup { daemon, old, new } =
+        setup(&[json!({ "name": "os", "kind": "cow", "ephemeral": true, "channel": "os/stable" })]);
+    let mut machine = machine(&daemon, "os");
+    machine.start(&kernel());
+    assert_eq!(machine.reads(), old);
+    daemon.set_channel("os/stable", "os-2");
+    let bytes = 4 * IMAGE_BYTES;
+    daemon.post("/v1/volumes/os/grow", json!({ "bytes": bytes }));
+    assert_eq!(daemon.attachment("vm", "os")["staged"]["versions"], json!(["os-2"]));
+    assert_eq!(machine.reads(), old);
+    machine.start(&firmware());
+    assert_eq!(machine.reads(), new);
+    let client = machine.client.as_mut().expect("a driver");
+    assert_eq!(client.capacity(), (bytes / SECTOR) as u64);
+    assert_eq!(client.queues[0].read((bytes / SECTOR - 1) as u64, SECTOR), [0; SECTOR]);
+    wait_until("the last delta to be gone", || daemon.delta_files().len() == 1);
+}
+
+#[test]
 fn a_backend_that_dies_over_an_instruction_hands_it_on() {
     let Setup { daemon, old, new } = setup(&[json!({ "name": "os", "kind": "read-only", "channel": "os/stable" })]);
     let mut machine = machine(&daemon, "os");
