@@ -163,6 +163,15 @@ pub fn close_inherited_but(signals: &StopSignals) -> io::Result<()> {
     Ok(())
 }
 
+/// Has this process killed when the thread that has started it ends, whatever it is at then: also while it is stopped.
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: takes two numbers.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Makes the process the first of a session of its own: what is typed at the terminal of whoever started it is not meant for it.
 pub fn leave_session() -> io::Result<()> {
     // SAFETY: takes no pointers.

@@ -89,6 +89,8 @@ enum WorkerError {
 ///
 /// To be called first thing in the process. Its standard input is the conversation with the keeper. Nothing is read there outside the sandbox.
 pub fn run() -> io::Result<()> {
+    // One that notices late that its keeper is gone would serve the guest's rings beside the worker of the next.
+    process::die_with_parent()?;
     guard::install()?;
     process::close_inherited()?;
     process::allow_interrupts()?;

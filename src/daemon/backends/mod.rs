@@ -60,9 +60,12 @@ pub enum BackendError {
     /// It said no.
     #[error("the backend refused: {reason}")]
     Refused { reason: String },
-    /// It is gone, or says nothing.
+    /// It says nothing, or nothing that can be understood.
     #[error("the backend does not answer: {reason}")]
     Silent { reason: String },
+    /// It has died. Whoever waits for that is told so, and starts another.
+    #[error("the backend has died")]
+    Gone,
     /// There is none.
     #[error("the backend is not there; it may be starting again")]
     Absent,
@@ -380,7 +383,9 @@ impl Backends {
 
     /// What is known of a backend; `None` when it does not run.
     pub fn view(&self, id: i64) -> Option<Live> {
-        self.running(id).ok().map(|backend| lock(&backend.live).clone())
+        let backend = self.running(id).ok()?;
+        let live = lock(&backend.live).clone();
+        Some(Live { connected: backend.link.has_front_end(), ..live })
     }
 
     /// Whether a backend is at the other end of its connection.
@@ -391,13 +396,6 @@ impl Backends {
     /// Notes that a backend's connection has ended.
     pub fn forget(&self, id: i64) {
         lock(&self.running).remove(&id);
-    }
-
-    /// Notes whether a front end is connected.
-    pub fn note_connected(&self, id: i64, connected: bool) {
-        if let Ok(backend) = self.running(id) {
-            lock(&backend.live).connected = connected;
-        }
     }
 
     /// Notes that what was staged is served.
