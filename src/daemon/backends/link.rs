@@ -185,6 +185,7 @@ mod tests {
                 bytes: 512,
                 connected: false,
                 held: false,
+                version: String::new(),
             })));
             say(Said::Event(Event::Connected));
             hear();
