@@ -350,7 +350,7 @@ impl<'k> Keeper<'k> {
     /// Waits until something can be read from `other`, or there is something else to do. What controllers say is done meanwhile, and a worker that
     /// has died is replaced; `session`: the front end that is connected.
     fn wait(
-        &mut self,
+        &self,
         other: Option<BorrowedFd<'_>>,
         session: Option<&Mutex<Session<'k>>>,
         timeout_ms: i32,
@@ -381,14 +381,14 @@ impl<'k> Keeper<'k> {
         Ok(Woken { stop: self.service().stops(), other: woken.other, failed })
     }
 
-    fn next_connection(&mut self) -> Result<Next, KeeperError> {
+    fn next_connection(&self) -> Result<Next, KeeperError> {
         let system = |source| KeeperError::System { action: "use the connection", source };
         let listener = match &self.endpoint {
             Endpoint::Connected(stream) => {
                 let copy = || stream.try_clone().map_err(system);
                 return Ok(Next::Connection { stream: copy()?, copy: copy()?, last: true });
             }
-            Endpoint::Listening(listener) => listener.try_clone().map_err(system)?,
+            Endpoint::Listening(listener) => listener,
         };
         loop {
             let woken = self.wait(Some(listener.as_fd()), None, -1)?;

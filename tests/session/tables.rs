@@ -204,6 +204,9 @@ fn grow(backend: &mut Backend, mut watcher: Watcher) -> Result<(), Broken> {
     client.settle();
     watcher.ask(&Command::Grow { bytes: 2 * DISK_BYTES as u64 }, &[]);
     channel.next_request();
+    let program = std::fs::File::open(env!("CARGO_BIN_EXE_pando-blk")).expect("the program");
+    let program = pando::sys::shared::copy_of_program(&program).expect("a copy");
+    watcher.ask(&Command::Upgrade, &[std::os::fd::AsFd::as_fd(&program)]);
     watcher.ask(&Command::Stop, &[]);
     ends_well(backend)
 }

@@ -30,8 +30,8 @@ use crate::vhost_user::vitals::{self, Watch};
 
 use deaths::Deaths;
 use space::Space;
-use worker_process::Worker;
 pub use worker_process::WorkerError;
+use worker_process::{Unclosed, Worker};
 
 /// How long to wait for another backend to leave a delta whose guest is here by now.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
@@ -371,10 +371,11 @@ impl Service {
             }
         };
         if let Some(last) = self.worker.replace(worker)
-            && let Err((error, left)) = last.close(&mut self.watch)
+            && let Err(unclosed) = last.close(&mut self.watch)
         {
+            let Unclosed { error, worker } = *unclosed;
             // Nobody needs it any more.
-            drop(left.map(Worker::end));
+            drop(worker.map(Worker::end));
             // What it had completed is in the page cache; nobody will read it again.
             log::warn!("the last worker did not end in good order: {}", chain_of(&error));
         }
@@ -407,7 +408,7 @@ impl Service {
         if opened.read_only == told {
             return Ok(worker);
         }
-        worker.close(&mut self.watch).map_err(|(error, _)| error)?;
+        worker.close(&mut self.watch).map_err(|unclosed| unclosed.error)?;
         let kind = |read_only| if read_only { "read-only" } else { "writable" };
         Err(WorkerError::Kind { found: kind(opened.read_only), told: kind(told) })
     }
@@ -425,15 +426,15 @@ impl Service {
         }
         self.claim()?;
         if let Some(worker) = self.worker.take() {
-            match worker.close(&mut self.watch) {
-                Ok(()) => {}
-                // It knows why, and goes on.
-                Err((error, Some(worker))) => {
-                    self.worker = Some(worker);
+            if let Err(unclosed) = worker.close(&mut self.watch) {
+                let Unclosed { error, worker } = *unclosed;
+                if worker.is_some() {
+                    // It knows why, and goes on.
+                    self.worker = worker;
                     return Err(error);
                 }
-                // One that died in between has left all that it completed.
-                Err((error, None)) => log::warn!("the worker did not end in good order: {}", chain_of(&error)),
+                // It has left all that it completed.
+                log::warn!("the worker did not end in good order: {}", chain_of(&error));
             }
         }
         let grown = self.part.delta.as_ref().map(|AttachedDelta { file, label, .. }| {
@@ -536,9 +537,9 @@ impl Service {
             return Ok(());
         }
         let Some(worker) = self.worker.take() else { return Ok(()) };
-        if let Err((error, left)) = worker.close(&mut self.watch) {
-            self.worker = left;
-            return Err(error);
+        if let Err(unclosed) = worker.close(&mut self.watch) {
+            self.worker = unclosed.worker;
+            return Err(unclosed.error);
         }
         delta.file.unlock().map_err(WorkerError::Lock)?;
         (self.worker, self.elsewhere) = (None, true);
@@ -610,8 +611,9 @@ impl Service {
             let Some(worker) = self.worker.take() else { continue };
             match worker.close(&mut self.watch) {
                 Ok(()) => break Ok(()),
-                Err((error, left)) => {
-                    drop(left.map(Worker::end));
+                Err(unclosed) => {
+                    let Unclosed { error, worker } = *unclosed;
+                    drop(worker.map(Worker::end));
                     self.deaths.note(false);
                     if !error.is_death() || self.deaths.are_too_many() {
                         break Err(error);

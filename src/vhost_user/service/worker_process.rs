@@ -176,19 +176,33 @@ impl Worker {
     }
 
     /// Has it make everything durable and end. One that refuses is given back: it goes on.
-    pub(super) fn close(mut self, watch: &mut Watch) -> Result<(), (WorkerError, Option<Worker>)> {
+    pub(super) fn close(mut self, watch: &mut Watch) -> Result<(), Box<Unclosed>> {
         let answer = self.exchange(watch, &Order::Close, &[]);
         if let Err(error @ WorkerError::Refused { .. }) = answer {
-            return Err((error, Some(self)));
+            return Err(Unclosed::boxed(error, Some(self)));
         }
         // It ends by itself, unless it does not answer.
         if answer.is_err() {
             self.process.kill();
         }
-        let status = self.process.wait().map_err(|error| (WorkerError::Wait(error), None))?;
+        let status = self.process.wait().map_err(|error| Unclosed::boxed(WorkerError::Wait(error), None))?;
         if !status.success() {
             log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
         }
-        answer.map(drop).map_err(|error| (error, None))
+        answer.map(drop).map_err(|error| Unclosed::boxed(error, None))
+    }
+}
+
+/// A worker that did not end in good order.
+pub(super) struct Unclosed {
+    /// Why.
+    pub(super) error: WorkerError,
+    /// The worker, if it still lives.
+    pub(super) worker: Option<Worker>,
+}
+
+impl Unclosed {
+    fn boxed(error: WorkerError, worker: Option<Worker>) -> Box<Unclosed> {
+        Box::new(Unclosed { error, worker })
     }
 }

@@ -38,7 +38,8 @@ pub struct Tasks {
 }
 
 impl Machine {
-    pub fn new(number: usize, disk: Disk, guest: Guest) -> Result<Tasks> {
+    /// A machine, and what it is given to do.
+    pub fn with_tasks(number: usize, disk: Disk, guest: Guest) -> Result<Tasks> {
         let (sender, tasks) = channel();
         let machine = Self {
             number,

@@ -201,7 +201,7 @@ impl Soak {
         let name = disk.volume.clone();
         let guest_name = format!("guest of {name}");
         let guest = Guest::new(number, &disk, seed, journal.clone(), self.watch.pulse(&guest_name));
-        let tasks = Machine::new(number, disk, guest)?;
+        let tasks = Machine::with_tasks(number, disk, guest)?;
         let machine = tasks.machine.clone();
         let guest = machine.clone();
         self.watch.spawn(&guest_name, move || guest.seat.run())?;
