@@ -425,17 +425,17 @@ impl Service {
             return Err(WorkerError::NoDelta);
         }
         self.claim()?;
-        if let Some(worker) = self.worker.take() {
-            if let Err(unclosed) = worker.close(&mut self.watch) {
-                let Unclosed { error, worker } = *unclosed;
-                if worker.is_some() {
-                    // It knows why, and goes on.
-                    self.worker = worker;
-                    return Err(error);
-                }
-                // It has left all that it completed.
-                log::warn!("the worker did not end in good order: {}", chain_of(&error));
+        if let Some(worker) = self.worker.take()
+            && let Err(unclosed) = worker.close(&mut self.watch)
+        {
+            let Unclosed { error, worker } = *unclosed;
+            if worker.is_some() {
+                // It knows why, and goes on.
+                self.worker = worker;
+                return Err(error);
             }
+            // It has left all that it completed.
+            log::warn!("the worker did not end in good order: {}", chain_of(&error));
         }
         let grown = self.part.delta.as_ref().map(|AttachedDelta { file, label, .. }| {
             open::read_header(file, label).and_then(|header| grow::grow(file, label, &header, bytes))
