@@ -87,12 +87,12 @@ impl Conductor {
         let what = match begun {
             Begun::Done => {
                 self.journal.done(kind);
-                "done"
+                "done".to_owned()
             }
-            Begun::Asked => "asked for",
-            Begun::Missed => {
+            Begun::Asked => "asked for".to_owned(),
+            Begun::Missed(why) => {
                 self.journal.missed(kind);
-                "missed"
+                format!("missed: {why}")
             }
         };
         self.journal.say(&format!("{whom}: {}: {what}", disturbance.name()));
@@ -136,26 +136,31 @@ impl Conductor {
             journal.say(&format!("{}: {name}: done", front_end.disk().volume));
             Ok(())
         }));
-        if is_asked { Begun::Asked } else { Begun::Missed }
+        if is_asked { Begun::Asked } else { Begun::Missed("its front end has enough to do") }
     }
 
-    /// A machine's keeper and its process number, if it is there and can be found.
-    pub fn keeper(&mut self, target: usize) -> Option<(u32, ProcessHandle)> {
+    /// A machine's keeper and its process number, or why there is none.
+    pub fn keeper(&mut self, target: usize) -> Result<(u32, ProcessHandle), Begun> {
         let known = self.keepers[target].and_then(|pid| Some((pid, household::keeper(pid)?)));
-        if known.is_some() {
-            return known;
+        if let Some(known) = known {
+            return Ok(known);
         }
-        let answer = self.site.try_ask("GET", &self.machines[target].disk.attachment(), None)?;
-        let pid = u32::try_from(answer.body["process"].as_u64()?).ok()?;
-        self.keepers[target] = Some(pid);
-        Some((pid, household::keeper(pid)?))
+        let answer = self.site.try_ask("GET", &self.machines[target].disk.attachment(), None);
+        let answer = answer.ok_or(Begun::Missed("there is no daemon to ask for its keeper"))?;
+        let pid = answer.body["process"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+        let found = pid.and_then(|pid| Some((pid, household::keeper(pid)?)));
+        self.keepers[target] = pid;
+        found.ok_or(Begun::Missed("its keeper is not known yet"))
     }
 
-    /// A machine's worker, if it has one and not two: then one takes over from the other.
-    pub fn worker(&mut self, target: usize) -> Option<ProcessHandle> {
+    /// A machine's worker, or why there is not exactly one: one may be about to take over from another.
+    pub fn worker(&mut self, target: usize) -> Result<ProcessHandle, Begun> {
         let (keeper, _) = self.keeper(target)?;
         let mut workers = household::workers(keeper);
-        let worker = workers.pop();
-        worker.filter(|_| workers.is_empty())
+        match (workers.pop(), workers.len()) {
+            (Some(worker), 0) => Ok(worker),
+            (Some(_), _) => Err(Begun::Missed("one worker takes over from another")),
+            (None, _) => Err(Begun::Missed("its worker has not started yet")),
+        }
     }
 }

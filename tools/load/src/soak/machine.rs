@@ -8,6 +8,7 @@ use anyhow::Result;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::soak::disk::Disk;
+use crate::soak::disturbance::Begun;
 use crate::soak::front_end::FrontEnd;
 use crate::soak::guest::{Guest, Seat};
 use crate::soak::strikes::{Moment, Strikes};
@@ -81,10 +82,10 @@ impl Machine {
     }
 
     /// Strikes at the machine's processes, if its front end is served at the moment, and stays so until the strike is over.
-    pub fn strike<T>(&self, strike: impl FnOnce() -> T) -> Option<T> {
+    pub fn strike(&self, strike: impl FnOnce() -> Result<Begun>) -> Result<Begun> {
         let served = self.lock_served();
         let is_served = served.is_some_and(|since| !self.keeper_strikes.since(since));
-        is_served.then(strike)
+        if is_served { strike() } else { Ok(Begun::Missed("its front end may have no backend")) }
     }
 }
 

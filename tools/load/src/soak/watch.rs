@@ -60,14 +60,15 @@ impl Watch {
     /// Looks whether somebody has waited for too long, which is a failure.
     pub fn look(&self) {
         let pulses = self.pulses.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting: Vec<_> = pulses.iter().filter_map(|pulse| Some((&pulse.who, pulse.waiting()?))).collect();
-        if waiting.iter().all(|(_, (waited, _))| *waited < PATIENCE) {
+        let mut waiting: Vec<_> = pulses.iter().filter_map(|pulse| Some((pulse.waiting()?, &pulse.who))).collect();
+        if waiting.iter().all(|((waited, _), _)| *waited < PATIENCE) {
             return;
         }
-        let lines =
-            waiting.iter().map(|(who, (waited, what))| format!("\n  {who}: {:.1} s for {what}", waited.as_secs_f64()));
-        let text =
-            lines.fold(format!("nobody may wait longer than {PATIENCE:?}; these wait:"), |text, line| text + &line);
+        waiting.sort_by_key(|((waited, _), _)| std::cmp::Reverse(*waited));
+        let mut text = format!("nobody may wait longer than {PATIENCE:?}; these wait:");
+        for ((waited, what), who) in waiting {
+            text += &format!("\n  {who}: {:.1} s for {what}", waited.as_secs_f64());
+        }
         self.fail("watchdog", &anyhow::anyhow!(text));
     }
 

@@ -30,6 +30,6 @@ impl Disturbance for DaemonKilled {
     ) -> Result<Begun> {
         let after = Duration::from_secs_f64(SECONDS_MAX * random.f64().powi(2));
         let is_replaced = conductor.warden.replace(kind, after);
-        Ok(if is_replaced { Begun::Done } else { Begun::Missed })
+        Ok(if is_replaced { Begun::Done } else { Begun::Missed("the last one has not been replaced yet") })
     }
 }

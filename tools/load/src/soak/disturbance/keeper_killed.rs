@@ -1,9 +1,9 @@
-//! A keeper is killed together with its worker: the connection ends, and the front end comes back with its account of what is in
-//! flight. The daemon, or the next one, puts another backend in its place.
+//! A keeper is killed, together with its worker or alone: the connection ends, and the front end comes back with its account of what
+//! is in flight. The daemon, or the next one, puts another backend in its place. A worker that is left alone may be stopped.
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::soak::conductor::Conductor;
 use crate::soak::disk::Disk;
@@ -13,15 +13,17 @@ use crate::soak::household;
 /// How long a process may take to end once it is killed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub struct KeeperKilled;
+pub struct KeeperKilled {
+    pub with_worker: bool,
+}
 
 impl Disturbance for KeeperKilled {
     fn name(&self) -> &'static str {
-        "keeper and worker killed"
+        if self.with_worker { "keeper and worker killed" } else { "keeper killed" }
     }
 
     fn weight(&self) -> u32 {
-        2
+        if self.with_worker { 2 } else { 1 }
     }
 
     /// Only a front end that keeps account of what is in flight survives it.
@@ -29,19 +31,22 @@ impl Disturbance for KeeperKilled {
         disk.manner.keeps_inflight
     }
 
-    /// A backend that dies more than five times within ten seconds is given up by the daemon.
+    /// A backend that dies more than five times within ten seconds is given up by the daemon: these are four at most, of both kinds.
     fn spacing(&self) -> Duration {
-        Duration::from_secs(3)
+        Duration::from_secs(6)
     }
 
-    fn begin(&self, conductor: &mut Conductor, kind: usize, target: usize, mut random: fastrand::Rng) -> Result<Begun> {
+    fn begin(&self, conductor: &mut Conductor, kind: usize, target: usize, _random: fastrand::Rng) -> Result<Begun> {
         let machine = conductor.machines[target].clone();
         let (clerk, journal, object) = (conductor.clerk.clone(), conductor.journal.clone(), machine.disk.object());
-        let killed = machine.strike(|| {
-            let (pid, keeper) = conductor.keeper(target)?;
-            let workers = household::workers(pid);
+        machine.strike(|| {
+            let (pid, keeper) = match conductor.keeper(target) {
+                Ok(found) => found,
+                Err(missed) => return Ok(missed),
+            };
+            let workers = if self.with_worker { household::workers(pid) } else { Vec::new() };
             journal.end(journal.begin(kind, Some(target)));
-            let killed = machine.keeper_strikes.strike(|| {
+            let has_ended = machine.keeper_strikes.strike(|| {
                 clerk.death(&object, || {
                     clerk.expect("backend.died", &object);
                     clerk.expect("backend.restarted", &object);
@@ -49,19 +54,15 @@ impl Disturbance for KeeperKilled {
                     clerk.allow("backend.restarted", &object);
                     // The keeper first: nobody is left to start another worker.
                     keeper.send(libc::SIGKILL)?;
-                    for worker in workers.iter().filter(|_| random.u8(..3) > 0) {
+                    for worker in &workers {
                         // It may have ended with its keeper.
                         let _ = worker.send(libc::SIGKILL);
                     }
                     keeper.wait_for_end(PATIENCE)
                 })
-            });
-            Some(killed)
-        });
-        match killed.flatten().transpose()? {
-            Some(true) => Ok(Begun::Done),
-            Some(false) => anyhow::bail!("{object}: the keeper lives on after SIGKILL"),
-            None => Ok(Begun::Missed),
-        }
+            })?;
+            ensure!(has_ended, "{object}: the keeper lives on after SIGKILL");
+            Ok(Begun::Done)
+        })
     }
 }

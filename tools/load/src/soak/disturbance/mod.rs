@@ -22,10 +22,11 @@ use crate::soak::conductor::Conductor;
 use crate::soak::disk::Disk;
 
 /// All of them, in the order of the report.
-pub const ALL: [&dyn Disturbance; 10] = [
+pub const ALL: [&dyn Disturbance; 11] = [
     &worker_killed::WorkerKilled,
     &worker_stopped::WorkerStopped,
-    &keeper_killed::KeeperKilled,
+    &keeper_killed::KeeperKilled { with_worker: true },
+    &keeper_killed::KeeperKilled { with_worker: false },
     &daemon_killed::DaemonKilled,
     &reconnect::Reconnect,
     &pause::Pause,
@@ -42,8 +43,8 @@ pub enum Begun {
     Done,
     /// Somebody else does it, and says when it is done.
     Asked,
-    /// There was nothing to disturb, or nobody with time for it.
-    Missed,
+    /// It cannot be done now, and why.
+    Missed(&'static str),
 }
 
 pub trait Disturbance: Sync {

@@ -26,21 +26,23 @@ impl Disturbance for WorkerKilled {
     fn begin(&self, conductor: &mut Conductor, kind: usize, target: usize, _random: fastrand::Rng) -> Result<Begun> {
         let machine = conductor.machines[target].clone();
         let (clerk, journal) = (conductor.clerk.clone(), conductor.journal.clone());
-        let killed = machine.strike(|| {
-            let worker = conductor.worker(target)?;
+        machine.strike(|| {
+            let worker = match conductor.worker(target) {
+                Ok(worker) => worker,
+                Err(missed) => return Ok(missed),
+            };
             journal.end(journal.begin(kind, Some(target)));
-            let sent = worker.send(libc::SIGKILL);
-            if sent.is_ok() {
-                clerk.expect("worker.died", &machine.disk.object());
+            match worker.send(libc::SIGKILL) {
+                // By itself: whoever has ended it is told of elsewhere.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                    Ok(Begun::Missed("its worker has just ended"))
+                }
+                sent => {
+                    sent?;
+                    clerk.expect("worker.died", &machine.disk.object());
+                    Ok(Begun::Done)
+                }
             }
-            Some(sent)
-        });
-        match killed.flatten().transpose() {
-            Ok(Some(())) => Ok(Begun::Done),
-            Ok(None) => Ok(Begun::Missed),
-            // It has ended by itself since: whoever ended it is told of elsewhere.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(Begun::Missed),
-            Err(error) => Err(error.into()),
-        }
+        })
     }
 }

@@ -28,19 +28,24 @@ impl Disturbance for WorkerStopped {
 
     fn begin(&self, conductor: &mut Conductor, kind: usize, target: usize, mut random: fastrand::Rng) -> Result<Begun> {
         let machine = conductor.machines[target].clone();
-        let Some(worker) = machine.strike(|| conductor.worker(target)).flatten() else { return Ok(Begun::Missed) };
-        if worker.send(libc::SIGSTOP).is_err() {
-            return Ok(Begun::Missed);
-        }
-        let journal = conductor.journal.clone();
-        let stopped = journal.begin(kind, Some(target));
         // Most are short.
         let time = Duration::from_secs_f64(SECONDS_MAX * random.f64().powi(2));
-        conductor.later(time, move || {
-            // It may have been killed meanwhile.
-            let _ = worker.send(libc::SIGCONT);
-            journal.end(stopped);
-        });
-        Ok(Begun::Done)
+        machine.strike(|| {
+            let worker = match conductor.worker(target) {
+                Ok(worker) => worker,
+                Err(missed) => return Ok(missed),
+            };
+            if worker.send(libc::SIGSTOP).is_err() {
+                return Ok(Begun::Missed("its worker has just ended"));
+            }
+            let journal = conductor.journal.clone();
+            let stopped = journal.begin(kind, Some(target));
+            conductor.later(time, move || {
+                // It may have been killed meanwhile.
+                let _ = worker.send(libc::SIGCONT);
+                journal.end(stopped);
+            });
+            Ok(Begun::Done)
+        })
     }
 }
