@@ -154,6 +154,9 @@ pub const KEEPER: &[Call] = &[
     Call::any("set_tid_address", libc::SYS_set_tid_address, "the C library, in the first thread"),
     Call::any("close_range", libc::SYS_close_range, "closes what it was started with"),
     Call::with("prctl PR_SET_PDEATHSIG", libc::SYS_prctl, &[is(0, libc::PR_SET_PDEATHSIG)], "it dies with its keeper"),
+    // A debug build makes this call all the time, and has it above.
+    #[cfg(not(debug_assertions))]
+    Call::with("fcntl F_GETFD", libc::SYS_fcntl, &[is(1, libc::F_GETFD)], "whether there is a conversation"),
     Call::with("prctl PR_SET_NO_NEW_PRIVS", libc::SYS_prctl, &[is(0, libc::PR_SET_NO_NEW_PRIVS)], "its sandbox"),
     Call::any("landlock_create_ruleset", libc::SYS_landlock_create_ruleset, "its sandbox"),
     Call::any("landlock_restrict_self", libc::SYS_landlock_restrict_self, "its sandbox"),
