@@ -16,7 +16,7 @@ use axum::http::{Method, Request, StatusCode, Uri, header};
 use fuzz_targets::{Choices, open_descriptors};
 use libfuzzer_sys::fuzz_target;
 use pando::daemon::api::{self, types};
-use pando::daemon::{Backends, Caller, Host, Places};
+use pando::daemon::{Backends, Caller, Host, Manner, Places};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -184,8 +184,9 @@ impl Site {
     }
 
     fn open(root: &Path) -> Site {
+        let manner = Manner { program: "/bin/false".into(), sandbox: false };
         let (notices, _) = tokio::sync::mpsc::unbounded_channel();
-        let backends = Backends::new("/bin/false".into(), RUNTIME.handle().clone(), notices);
+        let backends = Backends::new(manner, RUNTIME.handle().clone(), notices);
         let places = Places { state: root.join("state"), run: root.join("run") };
         std::fs::create_dir_all(&places.state).unwrap();
         let host = Arc::new(Host::open(places, backends).unwrap());

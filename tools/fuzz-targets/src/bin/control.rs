@@ -15,7 +15,7 @@ use pando::vhost_user::control::{self, Command, Controllers, Event, Reply, Repor
 use pando::vhost_user::conversation::{Conversation, MESSAGE_BYTES_MAX};
 use pando::vhost_user::inflight::RegionShape;
 use pando::vhost_user::order::{
-    Answer, DeltaOrder, Opened, Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder, VolumeOrder,
+    Answer, DeltaOrder, LogPlace, Opened, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder,
 };
 use pando::vhost_user::ring::RingPlace;
 use serde::Serialize;
@@ -168,6 +168,7 @@ fn ring(choices: &mut Choices<'_>) -> RingOrder {
     let run = maybe(choices, |choices| RingRun {
         place: place(choices),
         next_available: maybe(choices, |choices| choices.any()),
+        used_in_log: maybe(choices, |choices| choices.any()),
         has_call: flag(choices),
         has_error: flag(choices),
     });
@@ -181,13 +182,16 @@ fn random_order(choices: &mut Choices<'_>) -> Order {
             delta: maybe(choices, delta),
             queues: choices.any(),
             serial: maybe(choices, |choices| choices.any()),
+            hold_ms: choices.any(),
             log_level: choices.any(),
+            boot: choices.any(),
         }),
         1 => Order::Become(SessionOrder {
             features: choices.any(),
             writeback: flag(choices),
             memory: maybe(choices, |choices| list(choices, region)),
             inflight: maybe(choices, shape),
+            log: maybe(choices, |choices| LogPlace { offset: choices.any(), bytes: choices.any() }),
             rings: list(choices, ring),
         }),
         2 => Order::Look(list(choices, place)),
@@ -203,7 +207,11 @@ fn random_answer(choices: &mut Choices<'_>) -> Answer {
             cluster_bytes: choices.any(),
             serial: choices.any(),
         }),
-        1 => Answer::Done(list(choices, |choices| (choices.any(), choices.any()))),
+        1 => Answer::Done(list(choices, |choices| RingStop {
+            index: choices.any(),
+            next_available: choices.any(),
+            held: choices.any(),
+        })),
         2 => Answer::Looked(list(choices, |choices| maybe(choices, |choices| choices.any()))),
         _ => Answer::Failed(text(choices)),
     }
@@ -227,6 +235,7 @@ fn random_command(choices: &mut Choices<'_>) -> Command {
             log_level: choices.any(),
             name: text(choices),
             resumed: flag(choices),
+            hold_ms: choices.any(),
             kernel_from_vmm: flag(choices),
         }),
         1 => Command::Report,
@@ -254,7 +263,7 @@ fn random_said(choices: &mut Choices<'_>) -> Said {
             _ => Reply::Failed(text(choices)),
         });
     }
-    Said::Event(match choices.below(8) {
+    Said::Event(match choices.below(11) {
         0 => Event::Connected,
         1 => Event::Disconnected { reason: text(choices) },
         2 => Event::Switched { tag: text(choices), bytes: choices.any() },
@@ -262,6 +271,9 @@ fn random_said(choices: &mut Choices<'_>) -> Said {
         4 => Event::WorkerDied { status: text(choices) },
         5 => Event::WorkerHeld { seconds: choices.any() },
         6 => Event::WorkerResumed,
+        7 => Event::Full { held: choices.any() },
+        8 => Event::SpaceBack,
+        9 => Event::LowSpace { bytes: choices.any() },
         _ => Event::Latched { file: text(choices) },
     })
 }

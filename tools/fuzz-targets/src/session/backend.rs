@@ -20,7 +20,7 @@ use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::{events, file, socket, stand_in};
 use pando::units::ClusterSize;
-use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, Offer, Part};
+use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, HOLD_DEFAULT, Offer, Part};
 use pando::vhost_user::control::{Command, Controllers, Event, Reply, Report, Said, VolumeSpec};
 use pando::vhost_user::conversation::Conversation;
 use pando::vhost_user::keeper::{self, KeeperError};
@@ -107,7 +107,7 @@ impl Volumed {
         let header = delta::open::read_header(delta, "fuzz").expect("it is a delta");
         let storage = FileStorage::new(delta.try_clone().expect("a copy")).expect("a mapping");
         let delta = Delta::start(storage, "fuzz".into(), header, Lifetime::Persistent).expect("it opens");
-        let base = if self.has_base { Base::map(&BASE).expect("a mapping") } else { Base::empty().expect("a mapping") };
+        let base = if self.has_base { Base::map(&BASE).expect("a mapping") } else { Base::empty() };
         let volume: Volume = Volume::cow(base, delta);
         let sectors = self.disk.sectors();
         let mut found = vec![0; sectors as usize * SECTOR];
@@ -175,7 +175,13 @@ impl Backend {
         let attachment = Attachment {
             part: served.part(),
             endpoint: Endpoint::Listening(listener.try_clone().expect("a copy")),
-            offer: Offer { queues: RINGS as u16, ring_size_max: 256, tracks_inflight: true },
+            offer: Offer {
+                queues: RINGS as u16,
+                ring_size_max: 256,
+                tracks_inflight: true,
+                hold: HOLD_DEFAULT,
+                incoming: false,
+            },
             counters: counters::create().expect("memory"),
             name: "fuzz".to_owned(),
             resumed: false,
