@@ -79,7 +79,7 @@ pub fn run() -> io::Result<()> {
     process::allow_interrupts()?;
     process::settle_allocator();
     process::set_name(c"pando-worker");
-    let conversation = Conversation::over(process::standard_input()?.into(), "keeper");
+    let conversation = Conversation::over(process::standard_input().into(), "keeper");
     sandbox::close_worker().map_err(io::Error::other)?;
     let mut worker: Option<Worker> = None;
     loop {
