@@ -26,6 +26,6 @@ mod reconcile;
 mod run;
 mod volumes;
 
-pub use backends::Manner;
+pub use backends::{Manner, UidRange};
 pub use host::{Host, Places};
 pub use run::{Options, RunError, run};

@@ -9,6 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
+use rustix::process::{Resource, Rlimit, setrlimit};
+
 /// Lets panics tell where they were and no more, here and in programs that are executed: for a backtrace, files would be opened.
 ///
 /// To be called while the process has one thread.
@@ -21,6 +23,26 @@ pub fn forgo_backtraces() {
 pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
     // The file that this process runs, also when another has been installed at its path meanwhile.
     Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()
+}
+
+/// Has a program run as another user, with the group of the same number and no other, and with at most so many processes and threads of that
+/// user's. Only root can.
+pub fn run_as(command: &mut Command, uid: u32, processes_max: u64) {
+    command.uid(uid).gid(uid);
+    let limit = move || {
+        let limit = Rlimit { current: Some(processes_max), maximum: Some(processes_max) };
+        Ok(setrlimit(Resource::Nproc, limit)?)
+    };
+    // SAFETY: between the fork and the execution it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(limit) };
+}
+
+/// Whether any process runs as a user.
+pub fn runs_as(uid: u32) -> bool {
+    // SAFETY: takes no pointers. Of the processes of this user it gives the highest priority, and fails when there are none; what else may go
+    // wrong does not say that there are none.
+    let found = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_USER, uid) };
+    found >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
 }
 
 /// Sets the name that `ps` and `top` show for this process; what is longer than 15 bytes is cut off.
