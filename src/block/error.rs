@@ -30,3 +30,15 @@ pub enum Error {
     #[error("bytes {offset} to {offset} + {len} lie outside the volume of {bytes} bytes")]
     OutOfRange { offset: u64, len: u64, bytes: u64 },
 }
+
+impl Error {
+    /// Whether the file system has no room: nothing is broken, and the same request may work later.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Error::Io { source, .. } if is_full(source))
+    }
+}
+
+/// Whether an error says that the file system, or somebody's share of it, is full.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}

@@ -82,6 +82,18 @@ struct Create {
     /// The copy-on-write unit: 4K (the default) to 64K
     #[arg(long)]
     cluster_size: Option<ByteCount>,
+    /// What becomes of a write that finds the file system of its delta full: it waits for room, or fails at once
+    #[arg(long, value_enum, default_value = "hold")]
+    on_full: OnFull,
+    /// How long it waits before it fails, such as 90s or 10m [default: 60s]
+    #[arg(long, value_name = "TIME")]
+    hold_timeout: Option<humantime::Duration>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum OnFull {
+    Hold,
+    Error,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -113,6 +125,11 @@ impl Volume {
                     "ephemeral": create.ephemeral,
                     "bytes": create.size.map(|size| size.0),
                     "cluster_bytes": create.cluster_size.map(|size| size.0),
+                    "on_full": match create.on_full {
+                        OnFull::Hold => "hold",
+                        OnFull::Error => "error",
+                    },
+                    "hold_timeout_s": create.hold_timeout.map(|time| time.as_secs()),
                 });
                 asking.show(client.post("/v1/volumes", Some(request))?, show_text)?;
             }
@@ -170,6 +187,14 @@ fn list_text(volumes: Vec<VolumeAnswer>) -> String {
     table(headings, rows, "there are no volumes; 'pando volume create' makes one")
 }
 
+fn when_full(volume: &VolumeAnswer) -> String {
+    match volume.hold_timeout_s {
+        _ if volume.kind == VolumeKind::ReadOnly => "-".to_owned(),
+        0 => "writes fail at once".to_owned(),
+        seconds => format!("writes wait {seconds} s"),
+    }
+}
+
 fn show_text(volume: VolumeAnswer) -> String {
     fields([
         ("volume", volume.name.clone()),
@@ -179,6 +204,7 @@ fn show_text(volume: VolumeAnswer) -> String {
         ("behind by", behind_words(&volume)),
         ("size", format!("{} ({} bytes)", size(volume.bytes), volume.bytes)),
         ("delta", volume.delta_bytes.map_or("-".to_owned(), size)),
+        ("when full", when_full(&volume)),
         ("state", volume.state.clone()),
         ("VMs", list(&volume.vms)),
         ("created", format!("{} by {}", ago(volume.created_at), volume.created_by)),

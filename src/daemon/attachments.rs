@@ -253,6 +253,7 @@ impl Host {
             control: self.places.control_socket(id),
             part: self.part(row.image, delta.as_ref(), &row.serial)?,
             queues: row.queues,
+            hold_ms: volume.hold_ms,
             resumed,
             kernel_from_vmm: row.kernel_from_vmm,
             uid: self.user_for(&row)?,
@@ -507,7 +508,8 @@ impl Host {
         self.attachment_event(id, "worker.died", status)
     }
 
-    fn attachment_event(&self, id: i64, kind: &str, detail: &str) -> Result<(), Error> {
+    /// Something has happened to a backend that an operator wants to know of.
+    pub fn attachment_event(&self, id: i64, kind: &str, detail: &str) -> Result<(), Error> {
         if let Some(row) = self.catalog.read(|facts| Ok::<_, Error>(facts.attachment_by_id(id)?))? {
             self.event(kind, &object_of(&row), detail);
         }

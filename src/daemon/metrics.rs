@@ -163,6 +163,15 @@ impl Host {
                 page.sample("pando_volume_read_bytes_total", &labels, bytes);
             }
         }
+        page.metric(
+            "pando_volume_held_requests_total",
+            "counter",
+            "Requests that waited for room in a full file system.",
+        );
+        for (row, snapshot, _) in counted {
+            let labels = [("volume", row.volume.as_str()), ("vm", row.vm.as_str())];
+            page.sample("pando_volume_held_requests_total", &labels, snapshot.held);
+        }
         let mut gauge = |name: &str, kind: &str, help: &str, of: &dyn Fn(&AttachmentRow, u64) -> u64| {
             page.metric(name, kind, help);
             for (row, _, delta_bytes) in counted {

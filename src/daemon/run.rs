@@ -180,6 +180,9 @@ fn take_notice(host: &Arc<Host>, notice: Notice) {
             ("note a front end", host.front_end_changed(attachment, connected, &detail))
         }
         Notice::WorkerDied { attachment, status } => ("note a worker's death", host.worker_died(attachment, &status)),
+        Notice::Incident { attachment, kind, detail } => {
+            ("note an incident", host.attachment_event(attachment, kind, &detail))
+        }
     };
     if let Err(error) = result {
         log::error!("cannot {what}: {}", chain(&error));

@@ -11,10 +11,11 @@ use crate::block::delta::open::{self, NewDelta};
 use crate::block::delta::{grow, layout::Layout};
 use crate::digest::Digest;
 use crate::units::{ClusterSize, is_whole_sectors};
+use crate::vhost_user::attachment::HOLD_DEFAULT;
 
 use super::Host;
 use super::access::{Call, Caller, Object};
-use super::api::types::{DeployState, Verb, Volume, VolumeKind, VolumeRequest};
+use super::api::types::{DeployState, OnFull, Verb, Volume, VolumeKind, VolumeRequest};
 use super::catalog::{AttachmentState, DeltaRow, DeltaState, Facts, ImageRow, VolumeRow, VolumeState, now};
 use super::error::{Error, chain};
 use super::host::{find_volume, image_ref_of};
@@ -116,6 +117,8 @@ impl Host {
             vms: attached.into_iter().map(|attachment| attachment.vm).collect(),
             created_at: volume.created_at,
             created_by: volume.created_by.clone(),
+            on_full: if volume.hold_ms > 0 { OnFull::Hold } else { OnFull::Error },
+            hold_timeout_s: volume.hold_ms / 1000,
         })
     }
 
@@ -151,6 +154,7 @@ impl Host {
         let name = &request.name;
         Call::run(self, caller, "volume.create", format!("volume:{name}"), |call| {
             let cluster = check_request(request)?;
+            let hold_ms = hold_of(request)?;
             self.with_volume(name, || {
                 let (row, made) = self.catalog.change(|facts| {
                     call.require(facts, Verb::Write, &Object::Volume(name.clone()))?;
@@ -169,6 +173,7 @@ impl Host {
                         target,
                         bytes: request.bytes,
                         cluster_bytes: cluster.bytes(),
+                        hold_ms,
                         state: VolumeState::Creating,
                         created_at: now(),
                         created_by: caller.principal(),
@@ -438,6 +443,23 @@ fn check_request(request: &VolumeRequest) -> Result<ClusterSize, Error> {
     let bytes = request.cluster_bytes.unwrap_or(ClusterSize::DEFAULT.bytes());
     ClusterSize::from_bytes(bytes)
         .ok_or_else(|| invalid("cluster_bytes", &bytes.to_string(), "4096, 8192, 16384, 32768 or 65536"))
+}
+
+/// How long a volume's writes wait for room, in milliseconds.
+fn hold_of(request: &VolumeRequest) -> Result<u64, Error> {
+    const SECONDS_MAX: u64 = 24 * 60 * 60;
+    let invalid = |found: &str, expected: &str| Error::Invalid {
+        field: "hold_timeout_s",
+        found: found.to_owned(),
+        expected: expected.to_owned(),
+    };
+    match (request.on_full, request.hold_timeout_s) {
+        (OnFull::Error, None) => Ok(0),
+        (OnFull::Error, Some(_)) => Err(invalid("given", "none: with on_full 'error' no write waits")),
+        (OnFull::Hold, None) => Ok(HOLD_DEFAULT.as_millis() as u64),
+        (OnFull::Hold, Some(seconds)) if (1..=SECONDS_MAX).contains(&seconds) => Ok(seconds * 1000),
+        (OnFull::Hold, Some(seconds)) => Err(invalid(&seconds.to_string(), "1 to 86400")),
+    }
 }
 
 fn check_bytes(bytes: Option<u64>, image: Option<&ImageRow>) -> Result<(), Error> {

@@ -1,8 +1,11 @@
 //! Waiting: [`Epoll`] over descriptors, and event descriptors written without reading them.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
 
 /// A set of descriptors to wait for.
 pub struct Epoll {
@@ -36,10 +39,12 @@ impl Epoll {
         epoll::ctl(self.descriptor.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
     }
 
-    /// Waits until a descriptor of the set wakes it.
-    pub fn wait(&self) -> io::Result<()> {
+    /// Waits until a descriptor of the set wakes it, at most so long.
+    pub fn wait(&self, limit: Option<Duration>) -> io::Result<()> {
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 4];
-        match epoll::wait(self.descriptor.as_raw_fd(), -1, &mut events) {
+        // Rounded up: what is left below a millisecond is not a busy loop.
+        let timeout_ms = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
+        match epoll::wait(self.descriptor.as_raw_fd(), timeout_ms, &mut events) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
             _ => Ok(()),
         }
@@ -55,4 +60,17 @@ pub fn signal(event: &File) -> io::Result<()> {
         8 => Ok(()),
         _ => Err(io::ErrorKind::WriteZero.into()),
     }
+}
+
+/// An event descriptor as any other file.
+pub fn into_file(event: EventFd) -> File {
+    // SAFETY: it is open, and nobody else owns it from here on.
+    unsafe { File::from_raw_fd(event.into_raw_fd()) }
+}
+
+/// Takes what has been added to an event descriptor; an error of kind `WouldBlock` when nothing has, if it does not wait.
+pub fn drain(event: &File) -> io::Result<u64> {
+    let mut count = [0; 8];
+    (&*event).read_exact(&mut count)?;
+    Ok(u64::from_ne_bytes(count))
 }

@@ -194,6 +194,21 @@ fn sync_range(file: &File, offset: u64, len: u64, flags: u32) -> io::Result<()> 
     }
 }
 
+/// The space of a file system, in bytes.
+pub struct Space {
+    /// All of it.
+    pub all: u64,
+    /// What an ordinary user may still take.
+    pub free: u64,
+}
+
+/// The space of the file system that a file lies in.
+pub fn space(file: &File) -> io::Result<Space> {
+    let found = rustix::fs::fstatvfs(file)?;
+    let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+    Ok(Space { all: bytes(found.f_blocks), free: bytes(found.f_bavail) })
+}
+
 /// Gives a file from [`open_unnamed`] a name. An error when the name is taken.
 pub fn give_name(file: &File, path: &std::path::Path) -> io::Result<()> {
     use std::os::unix::ffi::OsStrExt;

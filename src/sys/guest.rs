@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use rustix::fs::FileType;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -277,6 +277,37 @@ impl SharedArea {
         if let Some(at) = self.at::<LEN>(offset) {
             // SAFETY: `LEN` bytes within the area.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, LEN) };
+        }
+    }
+}
+
+/// A bitmap of the pages of guest memory that have been written, which the front end reads and clears while it is written here.
+///
+/// Bit `n` stands for the page of 4 KiB at guest address `n * 4096` (vhost's `VHOST_LOG_PAGE`). Pages behind the bitmap's end are not noted:
+/// the front end has no memory there.
+pub struct DirtyLog {
+    bits: Region,
+}
+
+impl DirtyLog {
+    const PAGE_BYTES: u64 = 4096;
+
+    /// Maps a bitmap of `bytes` bytes at `offset` of a file.
+    pub fn map(file: File, offset: u64, bytes: u64) -> Result<DirtyLog, MapError> {
+        let place = RegionPlace { guest_address: 0, user_address: 0, bytes, file_offset: offset };
+        Ok(DirtyLog { bits: Region::map(place, file)? })
+    }
+
+    /// Notes that the guest's `len` bytes at `guest_address` have been written.
+    pub fn note(&self, guest_address: u64, len: u64) {
+        let Some(last) = len.checked_sub(1).map(|ahead| guest_address.saturating_add(ahead)) else { return };
+        for page in guest_address / Self::PAGE_BYTES..=last / Self::PAGE_BYTES {
+            if page / 8 >= self.bits.place.bytes {
+                return;
+            }
+            // SAFETY: within the mapping by the check; any byte is a valid number, and others' accesses to it are atomic on their side.
+            let byte = unsafe { AtomicU8::from_ptr(self.bits.host.add((page / 8) as usize)) };
+            byte.fetch_or(1 << (page % 8), Ordering::Release);
         }
     }
 }

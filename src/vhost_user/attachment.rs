@@ -3,7 +3,9 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
 use super::device::SERIAL_BYTES;
 
@@ -51,8 +53,16 @@ pub struct AttachedDelta {
     pub file: File,
     /// What to call it in messages.
     pub label: String,
-    /// Whether it goes with the process: it has no name, and nothing in it is made durable.
+    /// Whether it goes with the backend: it has no name, and nothing in it is made durable.
     pub ephemeral: bool,
+}
+
+impl AttachedDelta {
+    /// Whether both are of one file.
+    pub fn is_same_file(&self, other: &AttachedDelta) -> bool {
+        let identity = |delta: &AttachedDelta| delta.file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+        matches!((identity(self), identity(other)), (Ok(one), Ok(two)) if one == two)
+    }
 }
 
 /// Where front ends come from.
@@ -70,4 +80,13 @@ pub struct Offer {
     pub queues: u16,
     /// The largest ring that is taken, in descriptors: a power of two.
     pub ring_size_max: u16,
+    /// Whether account is kept of what is in flight. Without it, a worker that dies takes requests with it: for measuring.
+    pub tracks_inflight: bool,
+    /// How long a request waits while the delta's file system is full; zero: it fails at once.
+    pub hold: Duration,
+    /// The guest comes from another backend, which has the delta until then: it is neither locked nor opened before a ring starts.
+    pub incoming: bool,
 }
+
+/// How long a request waits for room, if nobody says otherwise.
+pub const HOLD_DEFAULT: Duration = Duration::from_secs(60);

@@ -30,6 +30,8 @@ pub enum Command {
     Stage(VolumeSpec),
     /// Forget what was staged.
     Unstage,
+    /// Try another worker at once, if too many have died and none is tried for a while.
+    Resume,
     /// Make the volume larger, now, and tell the guest.
     Grow { bytes: u64 },
     /// End in good order: everything is durable when this is answered.
@@ -51,6 +53,8 @@ pub struct Serve {
     pub name: String,
     /// A guest may be running from the volume already, whose past is not known.
     pub resumed: bool,
+    /// How long a request waits while the delta's file system is full, in milliseconds; 0: it fails at once.
+    pub hold_ms: u64,
     /// The VMM loads the guest's kernel, so that every driver that starts from nothing is a boot.
     pub kernel_from_vmm: bool,
 }
@@ -101,6 +105,18 @@ pub enum Event {
     SwitchFailed { tag: String, reason: String },
     /// The worker died; there is another.
     WorkerDied { status: String },
+    /// Too many workers died one after another: none is started for so many seconds, or until told to resume.
+    WorkerHeld { seconds: u64 },
+    /// Another worker is tried.
+    WorkerResumed,
+    /// The delta's file system is full: so many requests wait for room.
+    Full { held: u64 },
+    /// None waits any more.
+    SpaceBack,
+    /// The delta's file system has only so many bytes left.
+    LowSpace { bytes: u64 },
+    /// A sync of the delta has failed: no write or flush is reported as done from now on.
+    Latched { file: String },
 }
 
 /// How things stand.
@@ -118,6 +134,8 @@ pub struct Report {
     pub bytes: u64,
     /// Whether a front end is connected.
     pub connected: bool,
+    /// Whether there is no worker, because too many have died.
+    pub held: bool,
 }
 
 /// The controllers of a keeper: one at a time.

@@ -90,6 +90,11 @@ impl Conversation {
         Conversation { socket, peer }
     }
 
+    /// The same end once more.
+    pub fn try_clone(&self) -> io::Result<Conversation> {
+        Ok(Conversation { socket: self.socket.as_fd().try_clone_to_owned()?.into(), peer: self.peer })
+    }
+
     /// Says something.
     pub fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ConversationError> {
         let bytes = postcard::to_stdvec(&(VERSION, message)).map_err(ConversationError::Decode)?;

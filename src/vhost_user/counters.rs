@@ -7,7 +7,8 @@
 //! ```text
 //! block of ring 0 | block of ring 1 | ...          a block: 2048 bytes, 256 numbers
 //!
-//! block: for each kind: requests | bytes | failed | nanoseconds | 24 buckets       then bytes read from base | delta | zeros
+//! block: for each kind: requests | bytes | failed | nanoseconds | 24 buckets
+//!                           then bytes read from base | delta | zeros, and requests that had to wait for room
 //! ```
 //!
 //! A request's time is that of its batch, from when the batch was taken to when all of it was shown to the driver: that is what its driver
@@ -73,8 +74,8 @@ fn bucket_of(ns: u64) -> usize {
 
 const OF_KIND: usize = 4 + BUCKETS;
 const SOURCES_AT: usize = Kind::ALL.len() * OF_KIND;
-const SOURCES: usize = 3;
-const _: () = assert!(SOURCES_AT + SOURCES <= BLOCK);
+const HELD_AT: usize = SOURCES_AT + 3;
+const _: () = assert!(HELD_AT < BLOCK);
 const _: () = assert!(RINGS * BLOCK * 8 <= 1 << 20);
 
 /// A new piece of memory for counters, all of them zero. What is not counted in takes no memory.
@@ -99,6 +100,13 @@ impl Counters {
         let number = self.numbers.at(usize::from(ring).min(RINGS - 1) * BLOCK + index);
         // Not `fetch_add`: nobody else writes here, and this is no locked instruction.
         number.store(number.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
+    }
+}
+
+impl Counters {
+    /// A request has to wait for room.
+    pub fn count_held(&self, ring: u16) {
+        self.add(ring, HELD_AT, 1);
     }
 }
 
@@ -167,6 +175,8 @@ pub struct OfKind {
 pub struct Snapshot {
     kinds: [OfKind; Kind::ALL.len()],
     pub sources: Sources,
+    /// Requests that had to wait for room.
+    pub held: u64,
 }
 
 impl Snapshot {
@@ -207,6 +217,7 @@ impl Reader {
             };
         }
         snapshot.sources = Sources { base: sum(SOURCES_AT), delta: sum(SOURCES_AT + 1), zero: sum(SOURCES_AT + 2) };
+        snapshot.held = sum(HELD_AT);
         snapshot
     }
 }

@@ -10,6 +10,9 @@ use crate::units::SECTOR_BYTES;
 /// The feature bit by which a front end says that it knows protocol features, and that rings start disabled.
 pub const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
 
+/// The feature bit by which a front end has every write to guest memory logged (VHOST_F_LOG_ALL).
+pub const LOG_ALL_BIT: u64 = 1 << 26;
+
 /// Bytes of a serial number, which GET_ID answers.
 pub const SERIAL_BYTES: usize = virtio_blk::VIRTIO_BLK_ID_BYTES as usize;
 
@@ -81,12 +84,10 @@ impl Device {
         } else {
             bits.extend([virtio_blk::VIRTIO_BLK_F_DISCARD, virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES]);
         }
-        bits.into_iter().fold(PROTOCOL_FEATURES_BIT, |features, bit| features | 1 << bit)
+        bits.into_iter().fold(PROTOCOL_FEATURES_BIT | LOG_ALL_BIT, |features, bit| features | 1 << bit)
     }
 
     /// The vhost-user protocol features offered.
-    ///
-    /// Not among them yet, until a session outlives its worker: `INFLIGHT_SHMFD`, `LOG_SHMFD`, `DEVICE_STATE`.
     pub fn protocol_features() -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
@@ -94,6 +95,9 @@ impl Device {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     /// `size` bytes of the configuration space at `offset`; what lies past its end reads as zeros.
@@ -169,6 +173,16 @@ pub fn serial_from(text: &str) -> [u8; SERIAL_BYTES] {
         *to = from;
     }
     serial
+}
+
+/// A serial number that no other volume has: as much of the UUID as fits.
+pub fn serial_of_uuid(uuid: [u8; 16]) -> [u8; SERIAL_BYTES] {
+    serial_from(&uuid[..7].iter().fold("pando-".to_owned(), |text, byte| format!("{text}{byte:02x}")))
+}
+
+/// Whether the front end has every write to guest memory logged, because the guest is on its way to another host.
+pub fn logs_writes(features: u64) -> bool {
+    features & LOG_ALL_BIT != 0
 }
 
 #[cfg(test)]

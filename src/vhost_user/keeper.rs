@@ -17,10 +17,10 @@ use crate::sys::socket::{self, PacketListener};
 
 use super::attachment::{Attachment, Endpoint, Offer};
 use super::boot::History;
-use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
-use super::conversation::{Conversation, ConversationError, Descriptors};
+use super::control::{self, Command, Controllers, Event, Reply, Said};
+use super::conversation::Conversation;
 use super::sandbox;
-use super::service::{Service, WorkerError, chain_of};
+use super::service::{Management, Rest, Service, WorkerError, chain_of};
 use super::session::Session;
 
 /// Bytes of a message's header, whose last four say how many follow.
@@ -59,8 +59,6 @@ enum End {
     Closed,
     /// We were asked to stop.
     Stopped,
-    /// The worker is gone.
-    WorkerGone,
     /// Something was wrong with what the front end sent.
     Failed(String),
 }
@@ -69,9 +67,9 @@ enum End {
 ///
 /// `ready` is called once, when front ends can be served.
 pub fn serve(attachment: Attachment, signals: &StopSignals, ready: impl FnOnce()) -> Result<(), KeeperError> {
-    let (service, endpoint, name) = start(attachment)?;
+    let (service, endpoint) = start(attachment, signals, Controllers::none())?;
     ready();
-    Keeper { service: &service, endpoint, controllers: Controllers::none(), signals, name, stops: false }.serve()
+    Keeper { service: &service, endpoint }.serve()
 }
 
 /// Serves what descriptor 0 says, until it or a later controller says to stop, or a signal does.
@@ -84,18 +82,29 @@ pub fn serve_managed(signals: &StopSignals) -> Result<(), KeeperError> {
     process::leave_session().map_err(system("leave the daemon's session"))?;
     let controller = process::take_standard_input().map_err(system("take the controller's connection"))?;
     let controller = Conversation::over(controller.into(), "controller");
+    // Who says to stop while there is nothing to serve yet has changed its mind.
+    let [stop, _] = socket::wait_readable([Some(signals.as_fd()), Some(controller.as_fd())], -1)
+        .map_err(system("wait for the controller"))?;
+    if stop {
+        return Ok(());
+    }
     sandbox::close_keeper(None)?;
-    let (attachment, listener) = receive_attachment(&controller)?;
-    let (service, endpoint, name) = match start(attachment) {
+    let (attachment, listener) = receive_attachment(&controller).inspect_err(|error| {
+        // It may be gone as well.
+        let _ = controller.send(&Said::Reply(Reply::Failed(chain_of(error))), &[]);
+    })?;
+    let told = controller.try_clone().map_err(system("talk to the controller"))?;
+    let controllers = Controllers::new(controller, listener).map_err(system("talk to the controller"))?;
+    let (service, endpoint) = match start(attachment, signals, controllers) {
         Ok(started) => started,
         Err(error) => {
-            controller.send(&Said::Reply(Reply::Failed(chain_of(&error))), &[]).map_err(WorkerError::from)?;
+            told.send(&Said::Reply(Reply::Failed(chain_of(&error))), &[]).map_err(WorkerError::from)?;
             return Err(error);
         }
     };
-    let controllers = Controllers::new(controller, listener).map_err(system("talk to the controller"))?;
-    let mut keeper = Keeper { service: &service, endpoint, controllers, signals, name, stops: false };
-    keeper.report(false);
+    drop(told);
+    let keeper = Keeper { service: &service, endpoint };
+    keeper.service().report();
     keeper.serve()
 }
 
@@ -112,7 +121,13 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
     let attachment = Attachment {
         part,
         endpoint: Endpoint::Listening(UnixListener::from(front_ends)),
-        offer: Offer { queues: serve.queues, ring_size_max: serve.ring_size_max },
+        offer: Offer {
+            queues: serve.queues,
+            ring_size_max: serve.ring_size_max,
+            tracks_inflight: true,
+            hold: Duration::from_millis(serve.hold_ms),
+            incoming: false,
+        },
         counters: File::from(counters),
         name: serve.name,
         resumed: serve.resumed,
@@ -121,35 +136,51 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
     Ok((attachment, listener.into()))
 }
 
-fn start(attachment: Attachment) -> Result<(Mutex<Service>, Endpoint, String), KeeperError> {
+fn start(
+    attachment: Attachment,
+    signals: &StopSignals,
+    controllers: Controllers,
+) -> Result<(Mutex<Service>, Endpoint), KeeperError> {
     let Attachment { part, endpoint, offer, counters, name, resumed, kernel_from_vmm } = attachment;
-    let service = Service::start(part, offer, counters, History::new(resumed, kernel_from_vmm))?;
-    Ok((Mutex::new(service), endpoint, name))
+    let copy = |descriptor: BorrowedFd<'_>| {
+        let system = |source| KeeperError::System { action: "copy a descriptor", source };
+        descriptor.try_clone_to_owned().map_err(system)
+    };
+    let front_ends = match &endpoint {
+        Endpoint::Listening(listener) => Some(copy(listener.as_fd())?),
+        Endpoint::Connected(_) => None,
+    };
+    let management = Management {
+        controllers,
+        signals: copy(signals.as_fd())?,
+        name,
+        front_ends,
+        connected: false,
+        stops: false,
+        stop_is_awaited: false,
+    };
+    let service = Service::start(part, offer, counters, History::new(resumed, kernel_from_vmm), management)?;
+    Ok((Mutex::new(service), endpoint))
 }
 
 /// The process.
 struct Keeper<'k> {
     service: &'k Mutex<Service>,
     endpoint: Endpoint,
-    controllers: Controllers,
-    signals: &'k StopSignals,
-    name: String,
-    /// A controller has said to stop.
-    stops: bool,
 }
 
 /// What ended a wait.
 struct Woken {
     stop: bool,
-    worker_gone: bool,
     /// Something can be read from what else was waited for.
     other: bool,
+    /// What the front end has given is of no use to another worker.
+    failed: Option<String>,
 }
 
 enum Next {
     Connection { stream: UnixStream, last: bool },
     Stopped,
-    WorkerGone,
 }
 
 impl<'k> Keeper<'k> {
@@ -162,137 +193,56 @@ impl<'k> Keeper<'k> {
             let (stream, last) = match self.next_connection()? {
                 Next::Connection { stream, last } => (stream, last),
                 Next::Stopped => break,
-                Next::WorkerGone => {
-                    self.replace_dead()?;
-                    continue;
-                }
             };
             log::info!("a front end has connected");
-            self.controllers.say(&Said::Event(Event::Connected), &[]);
+            self.service().note_connected(true);
+            self.service().tell(Event::Connected);
             let end = self.serve_connection(stream)?;
             let reason = match &end {
                 End::Closed => "the front end has closed the connection".to_owned(),
                 End::Stopped => "asked to stop".to_owned(),
-                End::WorkerGone => "the connection is ended, because its worker has died".to_owned(),
                 End::Failed(reason) => format!("the connection is ended: {reason}"),
             };
-            let level = if matches!(end, End::Closed | End::Stopped) { log::Level::Info } else { log::Level::Error };
+            let level = if matches!(end, End::Failed(_)) { log::Level::Error } else { log::Level::Info };
             log::log!(level, "{reason}");
-            self.controllers.say(&Said::Event(Event::Disconnected { reason }), &[]);
-            if matches!(end, End::WorkerGone) {
-                self.replace_dead()?;
-            }
+            self.service().note_connected(false);
+            self.service().tell(Event::Disconnected { reason });
             if matches!(end, End::Stopped) || last {
                 break;
             }
         }
-        self.service().close()?;
-        if self.stops {
-            self.controllers.say(&Said::Reply(Reply::Done), &[]);
-        }
-        Ok(())
+        Ok(self.service().close()?)
     }
 
-    fn replace_dead(&mut self) -> Result<(), KeeperError> {
-        self.service().replace_dead()?;
-        self.tell_events();
-        Ok(())
-    }
-
-    /// Tells the controller what has happened.
-    fn tell_events(&mut self) {
-        for event in self.service().take_events() {
-            self.controllers.say(&Said::Event(event), &[]);
-        }
-    }
-
-    /// Waits until something can be read from `other`, or there is something else to do. What controllers say is done meanwhile; `session`:
-    /// the front end that is connected.
+    /// Waits until something can be read from `other`, or there is something else to do. What controllers say is done meanwhile, and a worker that
+    /// has died is replaced; `session`: the front end that is connected.
     fn wait(
         &mut self,
         other: Option<BorrowedFd<'_>>,
         session: Option<&Mutex<Session<'k>>>,
         timeout_ms: i32,
     ) -> Result<Woken, KeeperError> {
-        let service = self.service();
-        let [listener, controller] = self.controllers.descriptors();
-        let watched = [Some(self.signals.as_fd()), Some(service.worker_end()), listener, controller, other];
-        let found = socket::wait_readable(watched, timeout_ms)
-            .map_err(|source| KeeperError::System { action: "wait", source })?;
-        drop(service);
-        let [stop, worker_gone, connects, says, other] = found;
-        if connects {
-            self.controllers.accept();
+        let session = || session.map(|session| session.lock().expect("no holder of this lock panics"));
+        let woken = self.service().wait(other, timeout_ms)?;
+        let mut failed = None;
+        if let Rest::Grow { bytes } = woken.rest {
+            let grown = match session() {
+                Some(mut session) => session.grow(bytes),
+                None => self.service().grow(bytes),
+            };
+            self.service().answer_growth(grown);
+        } else if woken.worker_gone && !woken.stop {
+            let revived = match session() {
+                Some(session) => session.revive(),
+                None => self.service().replace_dead(),
+            };
+            match revived {
+                Ok(()) | Err(WorkerError::Stopped) => {}
+                Err(error @ WorkerError::Refused { .. }) => failed = Some(chain_of(&error)),
+                Err(error) => return Err(error.into()),
+            }
         }
-        if says
-            && !worker_gone
-            && let Some((command, descriptors)) = self.controllers.receive()
-        {
-            self.obey(command, descriptors, session)?;
-        }
-        Ok(Woken { stop: stop || self.stops, worker_gone, other })
-    }
-
-    /// Does what a controller says.
-    fn obey(
-        &mut self,
-        command: Command,
-        mut descriptors: Descriptors,
-        session: Option<&Mutex<Session<'k>>>,
-    ) -> Result<(), KeeperError> {
-        let reply = match command {
-            Command::Serve(_) => Reply::Failed("it serves already".to_owned()),
-            Command::Report => {
-                self.report(session.is_some());
-                return Ok(());
-            }
-            Command::Stage(spec) => match control::take_volume(spec, &mut descriptors) {
-                Ok(part) => {
-                    self.service().stage(Some(part));
-                    Reply::Done
-                }
-                Err(error) => Reply::Failed(error.to_string()),
-            },
-            Command::Unstage => {
-                self.service().stage(None);
-                Reply::Done
-            }
-            Command::Grow { bytes } => {
-                let grown = match session {
-                    Some(session) => session.lock().expect("no holder of this lock panics").grow(bytes)?,
-                    None => self.service().grow(bytes)?,
-                };
-                match grown {
-                    Ok(()) => Reply::Done,
-                    Err(error) => Reply::Failed(chain_of(&error)),
-                }
-            }
-            Command::Stop => {
-                // Answered when all is durable.
-                self.stops = true;
-                return Ok(());
-            }
-        };
-        self.controllers.say(&Said::Reply(reply), &[]);
-        Ok(())
-    }
-
-    /// Tells the controller how things stand.
-    fn report(&mut self, connected: bool) {
-        let service = self.service();
-        let Endpoint::Listening(front_ends) = &self.endpoint else { return };
-        let report = Report {
-            process: std::process::id(),
-            name: self.name.clone(),
-            tag: service.part().tag.clone(),
-            staged: service.staged().map(|part| part.tag.clone()),
-            bytes: service.device().description().bytes,
-            connected,
-        };
-        let base = service.part().base.as_ref().map(AsFd::as_fd);
-        let descriptors: Vec<BorrowedFd> =
-            [Some(front_ends.as_fd()), Some(service.counters().as_fd()), base].into_iter().flatten().collect();
-        self.controllers.say(&Said::Reply(Reply::Report(report)), &descriptors);
+        Ok(Woken { stop: self.service().stops(), other: woken.other, failed })
     }
 
     fn next_connection(&mut self) -> Result<Next, KeeperError> {
@@ -307,9 +257,6 @@ impl<'k> Keeper<'k> {
             let woken = self.wait(Some(listener.as_fd()), None, -1)?;
             if woken.stop {
                 return Ok(Next::Stopped);
-            }
-            if woken.worker_gone {
-                return Ok(Next::WorkerGone);
             }
             if !woken.other {
                 continue;
@@ -337,21 +284,20 @@ impl<'k> Keeper<'k> {
             if let Some(end) = self.wait_for_message(&looked_at, &session)? {
                 break end;
             }
-            let handled = handler.handle_request();
-            self.tell_events();
-            match handled {
+            match handler.handle_request() {
                 Ok(()) => {}
                 Err(ProtocolError::Disconnected) => break End::Closed,
                 Err(error) => break End::Failed(describe(&error)),
             }
         };
-        // A worker that is gone has stopped all rings by that.
-        let end = match session.lock().expect("no holder of this lock panics").end() {
-            Ok(()) => end,
-            Err(WorkerError::Conversation(ConversationError::Gone(_))) => End::WorkerGone,
-            Err(error) => return Err(error.into()),
-        };
-        Ok(end)
+        match session.lock().expect("no holder of this lock panics").end() {
+            Ok(()) => Ok(end),
+            // There is no worker, and so no ring that runs.
+            Err(WorkerError::Stopped) => Ok(End::Stopped),
+            // Of no use to the worker that came last, which knows no more of it than that.
+            Err(error @ WorkerError::Refused { .. }) => Ok(End::Failed(chain_of(&error))),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Waits until all of a message is there and there is room for its answer, so that handling it never waits for the front end.
@@ -367,8 +313,8 @@ impl<'k> Keeper<'k> {
             if woken.stop {
                 return Ok(Some(End::Stopped));
             }
-            if woken.worker_gone {
-                return Ok(Some(End::WorkerGone));
+            if let Some(reason) = woken.failed {
+                return Ok(Some(End::Failed(reason)));
             }
             if !woken.other {
                 continue;

@@ -10,16 +10,18 @@ use crate::sys::guest::RegionPlace;
 use crate::sys::socket::DESCRIPTORS_MAX;
 
 use super::device::SERIAL_BYTES;
+use super::inflight::RegionShape;
 use super::ring::RingPlace;
 
 /// Regions of guest memory that fit into one message: each has a descriptor.
 pub const REGIONS_MAX: usize = 128;
-const _: () = assert!(REGIONS_MAX + 3 <= DESCRIPTORS_MAX);
+const _: () = assert!(REGIONS_MAX + 6 <= DESCRIPTORS_MAX);
 
 /// What the worker is to be.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// The first: which volume. Descriptors: the counters, the base if there is one, the delta if there is one.
+    /// The first: which volume. Descriptors: the counters, the vitals, what to write to be watched, the base if there is one, the delta if
+    /// there is one.
     Open(VolumeOrder),
     /// How the guest's side stands now.
     Become(SessionOrder),
@@ -27,6 +29,13 @@ pub enum Order {
     Look(Vec<RingPlace>),
     /// The last: complete what was taken, make all durable, and end.
     Close,
+}
+
+impl Order {
+    /// Whether a ring is to run.
+    pub fn runs_a_ring(&self) -> bool {
+        matches!(self, Order::Become(order) if order.rings.iter().any(|ring| ring.run.is_some()))
+    }
 }
 
 /// A volume, as descriptors.
@@ -40,6 +49,8 @@ pub struct VolumeOrder {
     pub queues: u16,
     /// What GET_ID answers; `None`: the worker makes one of the delta's UUID.
     pub serial: Option<[u8; SERIAL_BYTES]>,
+    /// How long a request waits while the delta's file system is full, in milliseconds; 0: it fails at once.
+    pub hold_ms: u64,
     /// How much to log.
     pub log_level: u8,
     /// Which boot of the host this is ([`crate::sys::process::boot_id`]).
@@ -71,8 +82,21 @@ pub struct SessionOrder {
     pub writeback: bool,
     /// All regions of the guest's memory, if they have changed. Descriptors: one for each.
     pub memory: Option<Vec<RegionPlace>>,
+    /// Where to keep account of what is in flight, if that has changed. Descriptor: its memory.
+    pub inflight: Option<RegionShape>,
+    /// Where to note which pages of guest memory have been written, if that has changed. Descriptor: its memory. Used while the features say so.
+    pub log: Option<LogPlace>,
     /// Rings that have changed. Descriptors: for each that runs, kick, then call and error if it has them.
     pub rings: Vec<RingOrder>,
+}
+
+/// Where a dirty log lies in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogPlace {
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes: a bit for each page of 4 KiB.
+    pub bytes: u64,
 }
 
 /// One ring.
@@ -80,7 +104,7 @@ pub struct SessionOrder {
 pub struct RingOrder {
     /// Its number.
     pub index: u16,
-    /// How it is to run; `None`: not at all, with all that it has taken complete.
+    /// How it is to run; `None`: not at all, with all that it has taken complete but for what waits for room.
     pub run: Option<RingRun>,
 }
 
@@ -91,6 +115,8 @@ pub struct RingRun {
     pub place: RingPlace,
     /// Which entry of the available ring comes next; `None`: the one that the used ring says, where all taken before is complete.
     pub next_available: Option<u16>,
+    /// The guest address of the used ring, if writes to it are to be noted in the dirty log.
+    pub used_in_log: Option<u64>,
     /// Whether there is somebody to notify of completions.
     pub has_call: bool,
     /// Whether there is somebody to tell when the ring breaks.
@@ -102,12 +128,23 @@ pub struct RingRun {
 pub enum Answer {
     /// To [`Order::Open`]: what the volume turned out to be.
     Opened(Opened),
-    /// Done. For each ring that was told to stop and ran: which entry of the available ring comes next.
-    Done(Vec<(u16, u16)>),
+    /// Done. Where each ring stopped that was told to and ran.
+    Done(Vec<RingStop>),
     /// To [`Order::Look`]: for each place its used index; none where there is no memory.
     Looked(Vec<Option<u16>>),
     /// Not done, and why; an error chain in one line.
     Failed(String),
+}
+
+/// Where a ring stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingStop {
+    /// Its number.
+    pub index: u16,
+    /// Which entry of the available ring comes next.
+    pub next_available: u16,
+    /// Requests that wait for room in the delta's file system, and that its account still says are in flight.
+    pub held: u16,
 }
 
 /// What a volume is.

@@ -4,6 +4,7 @@
 //! one store, and notifies the driver at most once. It owns its ring: whatever changes about a ring stops the thread and
 //! starts another, so there is nothing to lock.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fs::File;
 use std::io;
@@ -15,16 +16,20 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::block::{Batch, Volume};
+use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
-use crate::sys::guest::GuestMemory;
+use crate::sys::guest::{DirtyLog, GuestMemory};
 use crate::sys::process;
 
 use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
+use super::hold::Hold;
+use super::order::RingStop;
 use super::request::{self, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
+use super::steps::{self, Step};
+use super::vitals::Vitals;
 
 /// Requests of one batch: enough to share the costs of a batch; few enough that the driver handles the last batch's
 /// completions while this one is served, so that neither side sleeps.
@@ -39,6 +44,11 @@ pub struct Queue {
     pub index: u16,
     /// The ring.
     pub ring: Ring,
+    /// Requests to carry out ahead of all that was never taken. At first: those that the last worker has taken and not completed, in the order
+    /// of taking.
+    pub again: VecDeque<u16>,
+    /// Requests that wait for room.
+    pub hold: Hold,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -47,8 +57,12 @@ pub struct Queue {
     pub device: Arc<Device>,
     /// The features that the driver took.
     pub features: u64,
+    /// Where to note what is written to guest memory, while the guest is on its way to another host.
+    pub log: Option<QueueLog>,
     /// Where to count what is done.
     pub counters: Arc<Counters>,
+    /// Where to show that it lives.
+    pub vitals: Arc<Vitals>,
     /// Written by the driver when requests wait.
     pub kick: File,
     /// Written for the driver when completions wait.
@@ -57,9 +71,28 @@ pub struct Queue {
     pub error: Option<File>,
 }
 
+/// Where a queue notes what it writes to guest memory.
+///
+/// Always after the write: the front end clears a page's bit before it copies the page. And ahead of showing that a request is complete, for
+/// nobody carries out again what is.
+pub struct QueueLog {
+    /// The bitmap.
+    pub log: Arc<DirtyLog>,
+    /// Guest address and length of the used ring, if it is to be noted too.
+    pub used: Option<(u64, u64)>,
+}
+
+impl QueueLog {
+    fn note_used(&self) {
+        if let Some((address, len)) = self.used {
+            self.log.note(address, len);
+        }
+    }
+}
+
 /// A queue's thread.
 pub struct RunningQueue {
-    thread: JoinHandle<u16>,
+    thread: JoinHandle<RingStop>,
     /// Disconnected when the thread ends.
     end: Receiver<Infallible>,
     stop: Arc<Stop>,
@@ -97,8 +130,8 @@ impl RunningQueue {
         Ok(RunningQueue { thread, end, stop })
     }
 
-    /// Stops the thread once all requests that it has taken are complete, and says which entry of the available ring comes next.
-    pub fn stop(self) -> io::Result<u16> {
+    /// Stops the thread once all requests that it has taken are complete, but for those that wait for room.
+    pub fn stop(self) -> io::Result<RingStop> {
         self.stop.asked.store(true, Ordering::Release);
         self.stop.wake.write(1)?;
         while self.end.recv_timeout(NOTIFY_PATIENCE) == Err(RecvTimeoutError::Timeout) {
@@ -138,7 +171,7 @@ struct Completion<'m> {
 }
 
 impl Queue {
-    fn serve(mut self, epoll: &Epoll, stop: &Stop) -> u16 {
+    fn serve(mut self, epoll: &Epoll, stop: &Stop) -> RingStop {
         let mut complaints = Complaints::new(self.index);
         if let Err(error) = self.serve_until_stopped(epoll, stop, &mut complaints) {
             log::error!("ring {}: {error}; it is served no further", self.index);
@@ -148,13 +181,18 @@ impl Queue {
                 log::warn!("ring {}: cannot tell the front end so: {error}", self.index);
             }
             while !stop.asked.load(Ordering::Acquire) {
-                if let Err(error) = epoll.wait() {
+                if let Err(error) = epoll.wait(None) {
                     log::error!("ring {}: cannot wait: {error}", self.index);
                     break;
                 }
             }
         }
-        self.ring.next_available()
+        RingStop {
+            index: self.index,
+            next_available: self.ring.next_available(),
+            // No more than the ring has descriptors.
+            held: self.hold.len() as u16,
+        }
     }
 
     fn serve_until_stopped(
@@ -166,26 +204,44 @@ impl Queue {
         let memory = Arc::clone(&self.memory);
         let mut batch = Batch::default();
         let mut tally = Tally::default();
-        let mut chain = Chain::default();
+        let mut chain = Chain { written: self.log.is_some().then(Vec::new), ..Chain::default() };
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
         // What was completed before this call descriptor came was told to another one, or to none.
         self.notify(stop, complaints);
-        self.ring.suspend_kicks();
-        while !stop.asked.load(Ordering::Acquire) {
-            let waiting = self.ring.waiting()?;
-            if waiting > 0 {
+        self.suspend_kicks();
+        steps::reach(Step::Recovered);
+        if !self.again.is_empty() {
+            log::info!("ring {}: {} requests of the last worker's are carried out again", self.index, self.again.len());
+        }
+        loop {
+            if self.again.is_empty() && stop.asked.load(Ordering::Acquire) {
+                // What waits for room waits on where this ring goes, unless nobody there knows of it.
+                if self.hold.is_empty() || self.log.is_none() {
+                    break;
+                }
+                self.hold.give_up();
+            }
+            if self.hold.until_try().is_some_and(|until| until.is_zero()) && self.again.is_empty() {
+                self.hold.take_tries(&mut self.again);
+            }
+            // What was taken before comes alone, ahead of all that never was.
+            let waiting = if self.again.is_empty() { self.ring.waiting()? } else { 0 };
+            if waiting > 0 || !self.again.is_empty() {
                 let taken = Instant::now();
+                self.vitals.begin(self.index);
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
                 // What was taken is completed also when the ring broke behind it.
-                self.finish_batch(&mut completions, &mut batch, &mut tally, stop, complaints);
+                self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 tally.count(&self.counters, self.index, taken.elapsed());
+                self.vitals.end(self.index);
                 result?;
-            } else if !self.ring.resume_kicks() {
-                epoll.wait().map_err(QueueError::Wait)?;
-                self.ring.suspend_kicks();
+            } else if !self.resume_kicks() {
+                epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
+                self.suspend_kicks();
             }
         }
-        self.ring.resume_kicks();
+        self.resume_kicks();
+        self.vitals.count_held(-(self.hold.len() as i64));
         Ok(())
     }
 
@@ -199,11 +255,22 @@ impl Queue {
         complaints: &mut Complaints,
     ) -> Result<(), RingError> {
         let mut bytes = 0;
-        for _ in 0..waiting.min(BATCH_REQUESTS) {
+        let mut waiting = waiting;
+        for _ in 0..BATCH_REQUESTS {
             if bytes >= BATCH_BYTES {
                 break;
             }
-            let head = self.ring.take()?;
+            let head = match self.again.pop_front() {
+                Some(head) => head,
+                None if waiting == 0 => break,
+                None => match self.ring.take() {
+                    Ok(head) => head,
+                    // All that is in flight is in this batch, and free again after it.
+                    Err(RingError::InFlight { .. }) if !completions.is_empty() => break,
+                    Err(error) => return Err(error),
+                },
+            };
+            waiting = waiting.saturating_sub(1);
             if let Err(error) = self.ring.chain(head, memory, chain) {
                 complaints.guests(&error);
                 // Without a chain there is no place for a status either; the driver gets its descriptors back.
@@ -220,10 +287,14 @@ impl Queue {
                 continue;
             }
             let outcome = request::execute(chain, &self.volume, &self.device.description().serial, batch);
+            steps::reach(Step::Executed);
             let status = match &outcome.result {
                 Ok(()) => Status::Ok,
                 Err(error) => {
                     complaints.request(error);
+                    if error.is_full() && self.keep(head) {
+                        continue;
+                    }
                     error.status()
                 }
             };
@@ -247,6 +318,7 @@ impl Queue {
         &mut self,
         completions: &mut Vec<Completion<'_>>,
         batch: &mut Batch,
+        chain: &mut Chain<'_>,
         tally: &mut Tally,
         stop: &Stop,
         complaints: &mut Complaints,
@@ -261,16 +333,61 @@ impl Queue {
         if let Err(error) = &safe {
             complaints.hosts(error);
         }
+        let is_full = safe.as_ref().is_err_and(block::Error::is_full);
         for completion in completions.drain(..) {
+            if completion.wrote && is_full && completion.status == Status::Ok && self.keep(completion.head) {
+                continue;
+            }
             let status = if completion.wrote && safe.is_err() { Status::IoError } else { completion.status };
+            if !self.hold.is_empty() {
+                self.vitals.count_held(-(self.hold.len() as i64));
+                self.hold.complete(completion.head, status == Status::Ok);
+                self.vitals.count_held(self.hold.len() as i64);
+            }
             tally.note(completion.kind, completion.bytes, status != Status::Ok);
             let status_bytes = completion.status_place.map_or(0, |place| place.copy_from_slice(&[status as u8]) as u32);
             self.ring.complete(completion.head, completion.data_bytes + status_bytes);
         }
         tally.sources = batch.take_sources();
-        if self.ring.publish() {
+        if let (Some(log), Some(written)) = (&self.log, &mut chain.written) {
+            written.drain(..).for_each(|(address, len)| log.log.note(address, len.into()));
+        }
+        let wants_notice = self.ring.publish();
+        self.note_used();
+        if wants_notice {
             self.notify(stop, complaints);
         }
+    }
+
+    fn suspend_kicks(&self) {
+        self.ring.suspend_kicks();
+        self.note_used();
+    }
+
+    fn resume_kicks(&self) -> bool {
+        let resumed = self.ring.resume_kicks();
+        self.note_used();
+        resumed
+    }
+
+    /// Notes that the used ring has been written.
+    #[inline]
+    fn note_used(&self) {
+        if let Some(log) = &self.log {
+            log.note_used();
+        }
+    }
+
+    /// Has a request wait that there is no room for. Whether it does; if not, it fails.
+    #[cold]
+    fn keep(&mut self, head: u16) -> bool {
+        let before = self.hold.len();
+        let waits = self.hold.keep(head);
+        if self.hold.len() > before {
+            self.vitals.count_held(1);
+            self.counters.count_held(self.index);
+        }
+        waits
     }
 
     fn notify(&self, stop: &Stop, complaints: &mut Complaints) {
@@ -279,6 +396,7 @@ impl Queue {
         {
             complaints.hosts(&NotifyError(error));
         }
+        steps::reach(Step::Notified);
     }
 }
 

@@ -65,6 +65,11 @@ impl RequestError {
         }
     }
 
+    /// Whether the host has no room for it right now.
+    pub fn is_full(&self) -> bool {
+        matches!(self, RequestError::Volume(error) if error.is_full())
+    }
+
     /// Whether the host's files are the cause, and not the guest.
     pub fn is_hosts(&self) -> bool {
         use block::Error;

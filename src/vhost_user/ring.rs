@@ -9,6 +9,9 @@ use std::sync::Arc;
 use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
 use crate::sys::guest::{GuestMemory, SharedArea, full_barrier};
 
+use super::inflight::{Inflight, InflightError, Recovered};
+use super::steps::{self, Step};
+
 /// The largest ring that virtio allows.
 pub const RING_SIZE_MAX: u16 = 32768;
 
@@ -66,6 +69,12 @@ impl RingPlace {
             part("used ring", self.used, ENTRIES_AT + entries * USED_ENTRY_BYTES + event, 4),
         ]
     }
+
+    /// Length of the used ring in bytes.
+    pub fn used_bytes(&self, event_idx: bool) -> u64 {
+        let [_, _, used] = self.parts(event_idx);
+        used.bytes as u64
+    }
 }
 
 /// Why a ring cannot be served, or not any further.
@@ -85,6 +94,12 @@ pub enum RingError {
     /// The driver names a descriptor that does not exist.
     #[error("the available ring names descriptor {head}, and the ring has {size}")]
     Head { head: u16, size: u16 },
+    /// The driver names a request that it has not got back yet.
+    #[error("the available ring names descriptor {head} again, before its request is complete")]
+    InFlight { head: u16 },
+    /// Its past cannot be told.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
 }
 
 /// What is wrong with one chain of descriptors. The ring itself goes on.
@@ -119,6 +134,8 @@ pub struct Chain<'m> {
     pub readable: Vec<Readable<'m>>,
     /// What the device may write.
     pub writable: Vec<Writable<'m>>,
+    /// The guest's addresses and lengths of what the device may write, if they are wanted.
+    pub written: Option<Vec<(u64, u32)>>,
 }
 
 /// A ring that runs.
@@ -138,6 +155,8 @@ pub struct Ring {
     /// Whether the driver has to be notified of the next completion whatever it asks for: after a start, nobody knows
     /// what the last device has told it.
     notify_next: bool,
+    /// What is in flight, kept for a successor.
+    inflight: Option<Inflight>,
 }
 
 /// How far the used ring at a place has come; `None` where there is none.
@@ -173,7 +192,18 @@ impl Ring {
             published: next_used,
             event_idx,
             notify_next: true,
+            inflight: None,
         })
+    }
+
+    /// Keeps account of what is in flight in `slot`, which may tell of requests that another has taken and not completed: they are to be carried
+    /// out again, in this order. The next entry to take then follows from the slot.
+    pub fn track(&mut self, slot: SharedArea) -> Result<Vec<u16>, RingError> {
+        let (inflight, Recovered { next_available, in_flight }) =
+            Inflight::start(slot, self.size, self.next_used, self.next_available)?;
+        self.inflight = Some(inflight);
+        self.next_available = next_available;
+        Ok(in_flight)
     }
 
     /// Takes as the next entry the one that the used ring says: all before it is complete.
@@ -198,12 +228,20 @@ impl Ring {
     }
 
     /// Takes the next request, of which there is one: the first descriptor of its chain.
+    ///
+    /// # Errors
+    /// [`RingError::InFlight`] for a request that was taken and is not complete: not before it is.
     #[inline]
     pub fn take(&mut self) -> Result<u16, RingError> {
         let entry = usize::from(self.next_available % self.size);
         let head = self.available.load(ENTRIES_AT + entry * AVAILABLE_ENTRY_BYTES);
         if head >= self.size {
             return Err(RingError::Head { head, size: self.size });
+        }
+        if let Some(inflight) = &mut self.inflight
+            && !inflight.take(head)
+        {
+            return Err(RingError::InFlight { head });
         }
         self.next_available = self.next_available.wrapping_add(1);
         Ok(head)
@@ -239,12 +277,16 @@ impl Ring {
     /// Writes the completion of the request `head`, of which the device wrote `len` bytes. The driver does not see it yet.
     #[inline]
     pub fn complete(&mut self, head: u16, len: u32) {
+        if let Some(inflight) = &mut self.inflight {
+            inflight.complete(head);
+        }
         let entry = usize::from(self.next_used % self.size);
         let mut bytes = [0; USED_ENTRY_BYTES];
         bytes[..4].copy_from_slice(&u32::from(head).to_le_bytes());
         bytes[4..].copy_from_slice(&len.to_le_bytes());
         self.used.write(ENTRIES_AT + entry * USED_ENTRY_BYTES, bytes);
         self.next_used = self.next_used.wrapping_add(1);
+        steps::reach(Step::UsedElement);
     }
 
     /// Shows all completions to the driver, and says whether it wants to be notified of them.
@@ -254,8 +296,13 @@ impl Ring {
         if self.next_used == before {
             return false;
         }
+        steps::reach(Step::Unpublished);
         self.used.store_release(INDEX_AT, self.next_used);
         self.published = self.next_used;
+        steps::reach(Step::Published);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.shown(self.next_used);
+        }
         // The driver first says what it waits for and then looks at the index; here it is the other way round.
         full_barrier();
         if std::mem::take(&mut self.notify_next) {
@@ -321,6 +368,9 @@ impl<'m> Chain<'m> {
     fn add(&mut self, descriptor: Descriptor, memory: &'m GuestMemory) -> Result<(), ChainError> {
         let Descriptor { address, len, flags, .. } = descriptor;
         let found = if flags & FLAG_WRITE != 0 {
+            if let Some(written) = &mut self.written {
+                written.push((address, len));
+            }
             memory.writable(address, u64::from(len), &mut self.writable)
         } else if self.writable.is_empty() {
             memory.readable(address, u64::from(len), &mut self.readable)

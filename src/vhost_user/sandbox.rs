@@ -124,7 +124,12 @@ pub const KEEPER: &[Call] = &[
     // A delta that grows.
     Call::any("statx", libc::SYS_statx, "how long it is; whether the socket's file is still this keeper's"),
     Call::any("ftruncate", libc::SYS_ftruncate, "makes it longer"),
+    // What outlives workers.
+    Call::any("memfd_create", libc::SYS_memfd_create, "memory for what is in flight and for signs of life"),
+    Call::with("fcntl F_ADD_SEALS", libc::SYS_fcntl, &[is(1, libc::F_ADD_SEALS)], "which cannot shrink"),
+    Call::any("flock", libc::SYS_flock, "a delta that comes or goes with its guest"),
     // A worker that starts, and ends.
+    Call::with("kill SIGKILL", libc::SYS_kill, &[is(1, libc::SIGKILL)], "one that is stuck, or as good as dead"),
     Call::any("socketpair", libc::SYS_socketpair, "the conversation with it"),
     Call::with("prlimit64", libc::SYS_prlimit64, &[null(2)], "the C library asks for limits, and sets none"),
     Call::with("clone of a program", libc::SYS_clone, &[is(0, PROGRAM)], "a process, to execute something at once"),

@@ -1,26 +1,31 @@
 //! [`Service`]: what serves the volume now, and what comes after it: the worker, its volume's files, and what is staged for the guest's
-//! next boot.
+//! next boot; and who may say so ([`super::control`]).
 //!
-//! A worker is replaced by another whenever what it serves changes; the front end's session goes on, and tells the new one what it told
-//! the last. Knows no messages of vhost-user.
+//! A worker is replaced by another whenever what it serves changes, and when it has died or is stuck; the front end's session goes on, and
+//! tells the new one what it told the last. No two workers live with the same delta: the last one's process is waited for first. Knows no
+//! messages of vhost-user.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, ExitStatus};
-use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use crate::block::delta::{grow, open};
-use crate::sys::process;
+use crate::sys::{file, process, socket};
+use crate::units::ByteCount;
 
-use super::attachment::{Offer, Part};
+use super::attachment::{AttachedDelta, Offer, Part};
 use super::boot::{History, Start};
-use super::control::Event;
-use super::conversation::{Conversation, ConversationError};
-use super::device::Device;
-use super::order::{Answer, DeltaOrder, Opened, Order, VolumeOrder};
+use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
+use super::conversation::{Conversation, ConversationError, Descriptors};
+use super::device::{self, Device, SERIAL_BYTES};
+use super::inflight::{self, RegionShape};
+use super::order::{Answer, DeltaOrder, Opened, Order, RingStop, VolumeOrder};
 use super::ring::RingPlace;
 use super::sandbox;
+use super::vitals::{self, Watch};
 
 /// Why the worker did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -43,48 +48,76 @@ pub enum WorkerError {
     /// There is nothing that could become larger.
     #[error("the volume is as large as its image: only one with a delta grows")]
     NoDelta,
-    /// What it holds would be lost.
-    #[error("an ephemeral volume does not grow while it is served: what it holds is known to its worker alone")]
-    Ephemeral,
+    /// There is none right now.
+    #[error("there is no worker")]
+    Absent,
+    /// There is none until an operator acts or a while has passed.
+    #[error("too many workers have died: held")]
+    Held,
+    /// Asked to stop while there was none.
+    #[error("asked to stop")]
+    Stopped,
     /// The driver has been told what kind of disk it has.
     #[error("it is {found}, and the driver has been told that its disk is {told}")]
     Kind { found: &'static str, told: &'static str },
-    /// The delta could not become larger.
+    /// The delta cannot be had, or could not become larger.
     #[error(transparent)]
-    Grow(#[from] open::OpenError),
+    Open(#[from] open::OpenError),
+    /// The delta's lock could not be let go.
+    #[error("cannot unlock the delta")]
+    Lock(#[source] io::Error),
+}
+
+impl WorkerError {
+    /// Whether the worker is gone, or does not say anything that can be understood, which is as good.
+    pub fn is_death(&self) -> bool {
+        matches!(self, WorkerError::Conversation(_) | WorkerError::Answer | WorkerError::Absent)
+    }
 }
 
 /// The keeper's side of a worker process.
 struct Worker {
     conversation: Conversation,
-    process: Mutex<Child>,
+    process: Child,
 }
+
+/// How long to wait for another backend to leave a delta whose guest is here by now.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a worker may take over an order when none of its queues is stuck. What an order waits for is what the queues do.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Worker {
     /// Starts a worker for a volume.
-    fn start(part: &Part, offer: &Offer, counters: &File) -> Result<(Worker, Opened), WorkerError> {
+    fn start(part: &Part, offer: &Offer, counters: &File, watch: &mut Watch) -> Result<(Worker, Opened), WorkerError> {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
         let process =
             process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        let worker = Worker { conversation, process: Mutex::new(process) };
+        let mut worker = Worker { conversation, process };
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
             has_base: part.base.is_some(),
             delta: delta.map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral }),
             queues: offer.queues,
             serial: part.serial,
+            hold_ms: offer.hold.as_millis() as u64,
             log_level: log::max_level() as u8,
             boot: process::boot_id().map_err(WorkerError::Start)?,
         };
-        let descriptors: Vec<BorrowedFd> = std::iter::once(counters.as_fd()).chain(part.descriptors()).collect();
-        match worker.exchange(&Order::Open(order), &descriptors) {
+        let result = {
+            let ours = [counters].into_iter().chain(watch.files());
+            let files: Vec<OwnedFd> = ours
+                .map(|file| file.as_fd().try_clone_to_owned())
+                .collect::<io::Result<_>>()
+                .map_err(WorkerError::Start)?;
+            let descriptors: Vec<BorrowedFd> = files.iter().map(AsFd::as_fd).chain(part.descriptors()).collect();
+            worker.exchange(watch, &Order::Open(order), &descriptors)
+        };
+        match result {
             Ok(Answer::Opened(opened)) => Ok((worker, opened)),
             other => {
-                // It ends with the conversation, by itself.
-                let Worker { conversation, process } = worker;
-                drop(conversation);
-                let mut process = process.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-                let status = process.wait().map_err(WorkerError::Wait)?;
+                // Whatever it is at: nobody else may open the delta while it lives.
+                let status = worker.end()?;
                 if !status.success() {
                     log::error!("the worker has died at its start ({status}){}", sandbox::remark_on(status));
                 }
@@ -93,8 +126,14 @@ impl Worker {
         }
     }
 
-    fn exchange(&self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Answer, WorkerError> {
+    fn exchange(
+        &mut self,
+        watch: &mut Watch,
+        order: &Order,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Answer, WorkerError> {
         self.conversation.send(order, descriptors)?;
+        self.wait_for_answer(watch)?;
         let (answer, descriptors) = self.conversation.receive()?;
         descriptors.finish()?;
         match answer {
@@ -103,16 +142,42 @@ impl Worker {
         }
     }
 
-    /// Waits for the process's end, which is near: it closed its side of the conversation.
-    fn wait(&self) -> Result<ExitStatus, WorkerError> {
-        self.process.lock().expect("no holder of this lock panics").wait().map_err(WorkerError::Wait)
+    /// Waits until there is an answer or none will come. A worker that is stuck is killed, which is as good as its death.
+    fn wait_for_answer(&mut self, watch: &mut Watch) -> Result<(), WorkerError> {
+        const SLICE_MS: i32 = 1000;
+        let ends = Instant::now() + ANSWER_PATIENCE;
+        let mut killed = false;
+        loop {
+            let found = socket::wait_readable([Some(self.conversation.as_fd())], if killed { -1 } else { SLICE_MS });
+            if found.map_err(WorkerError::Wait)?[0] {
+                return Ok(());
+            }
+            let stuck = watch.look().map(|ring| format!("ring {ring} is stuck in a batch"));
+            let silent = (Instant::now() > ends && !watch.is_busy()).then(|| "it does not answer".to_owned());
+            if let Some(reason) = stuck.or(silent) {
+                log::error!("the worker is killed: {reason}");
+                self.kill();
+                killed = true;
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        // Fails only for one that has been waited for.
+        let _ = self.process.kill();
+    }
+
+    /// Sees that the process is gone, and says how it went.
+    fn end(mut self) -> Result<ExitStatus, WorkerError> {
+        self.kill();
+        self.process.wait().map_err(WorkerError::Wait)
     }
 
     /// Has it make everything durable and end.
-    fn close(&self) -> Result<(), WorkerError> {
-        let answer = self.exchange(&Order::Close, &[]);
+    fn close(&mut self, watch: &mut Watch) -> Result<(), WorkerError> {
+        let answer = self.exchange(watch, &Order::Close, &[]);
         if matches!(answer, Ok(_) | Err(WorkerError::Conversation(ConversationError::Gone(_)))) {
-            let status = self.wait()?;
+            let status = self.process.wait().map_err(WorkerError::Wait)?;
             if !status.success() {
                 log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
             }
@@ -121,24 +186,164 @@ impl Worker {
     }
 }
 
+/// The deaths of workers, to tell a worker that dies again and again from one that was killed.
+struct Deaths {
+    taken_over: Instant,
+    /// In a row, each soon after taking over and without having got any further.
+    in_vain: u32,
+    recent: VecDeque<Instant>,
+}
+
+impl Deaths {
+    /// A worker that dies so soon after taking over may have died of what it took over.
+    const SOON: Duration = Duration::from_secs(10);
+    const IN_VAIN_MAX: u32 = 5;
+    /// So many within that time are too many in any case: one that dies of one ring's request gets further on others.
+    const RECENT_MAX: usize = 300;
+    /// How long no other worker is started then.
+    const HOLD: Duration = Duration::from_secs(60);
+
+    fn none() -> Deaths {
+        Deaths { taken_over: Instant::now(), in_vain: 0, recent: VecDeque::new() }
+    }
+
+    fn note(&mut self, got_further: bool) {
+        let now = Instant::now();
+        let in_vain = !got_further && now - self.taken_over < Self::SOON;
+        self.in_vain = if in_vain { self.in_vain + 1 } else { 0 };
+        self.recent.push_back(now);
+        while self.recent.front().is_some_and(|death| now - *death > Self::SOON) {
+            self.recent.pop_front();
+        }
+    }
+
+    fn are_too_many(&self) -> bool {
+        self.in_vain >= Self::IN_VAIN_MAX || self.recent.len() >= Self::RECENT_MAX
+    }
+}
+
+/// What has been told of the delta's file system.
+struct Space {
+    is_full: bool,
+    last_full: Instant,
+    is_low: bool,
+    next_look: Instant,
+}
+
+impl Space {
+    /// A file system with less than this left, or less than a twentieth if that is smaller, is worth a warning.
+    const LOW_WATER: u64 = 1 << 30;
+    /// For so long no request may have waited: a ring that stops, or a worker that dies, interrupts the wait.
+    const SETTLED_AFTER: Duration = Duration::from_millis(900);
+    /// Looked at when something is waited for, and no more often than this.
+    const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+}
+
+/// What a volume is, as far as its delta's header says.
+fn describe(delta: &AttachedDelta, serial: Option<[u8; SERIAL_BYTES]>) -> Result<Opened, WorkerError> {
+    let header = open::read_header(&delta.file, &delta.label)?;
+    Ok(Opened {
+        bytes: header.layout.virtual_bytes(),
+        read_only: false,
+        cluster_bytes: header.layout.cluster().bytes(),
+        serial: serial.unwrap_or_else(|| device::serial_of_uuid(header.uuid)),
+    })
+}
+
+/// What has to be done by who knows the front end.
+pub enum Rest {
+    /// Nothing.
+    Nothing,
+    /// The volume is to become this large, and then [`Service::answer_growth`].
+    Grow { bytes: u64 },
+}
+
 /// What serves the volume.
 pub struct Service {
-    worker: Worker,
+    /// None: it has died and there is no other yet, or the volume is elsewhere.
+    worker: Option<Worker>,
+    /// The guest is with another backend, and so is the delta's lock.
+    elsewhere: bool,
+    watch: Watch,
+    deaths: Deaths,
+    latch_told: bool,
+    space: Space,
     device: Device,
     part: Part,
     staged: Option<Part>,
     history: History,
     offer: Offer,
     counters: File,
-    events: Vec<Event>,
+    /// Where workers keep account of what is in flight, for front ends that offer no memory for it.
+    inflight: Option<Inflight>,
+    management: Management,
+}
+
+/// A region of memory for what is in flight.
+pub struct Inflight {
+    pub shape: RegionShape,
+    pub file: File,
+}
+
+/// Who may tell the keeper what to do, and what they get to know.
+pub struct Management {
+    pub controllers: Controllers,
+    pub signals: OwnedFd,
+    /// What the attachment is called.
+    pub name: String,
+    /// The listener of front ends, if there is one.
+    pub front_ends: Option<OwnedFd>,
+    /// Whether a front end is connected.
+    pub connected: bool,
+    /// Whether a controller or a signal has said to stop.
+    pub stops: bool,
+    /// Whether a controller waits to hear that all has stopped.
+    pub stop_is_awaited: bool,
 }
 
 impl Service {
     /// Starts a worker for `part`.
-    pub fn start(part: Part, offer: Offer, counters: File, history: History) -> Result<Service, WorkerError> {
-        let (worker, opened) = Worker::start(&part, &offer, &counters)?;
+    pub fn start(
+        part: Part,
+        offer: Offer,
+        counters: File,
+        history: History,
+        management: Management,
+    ) -> Result<Service, WorkerError> {
+        let memory = vitals::create().map_err(WorkerError::Start)?;
+        let mut watch = Watch::over(memory, offer.queues).map_err(WorkerError::Start)?;
+        let inflight = match offer.tracks_inflight {
+            true => {
+                let shape = RegionShape::new(offer.queues, offer.ring_size_max);
+                Some(Inflight { shape, file: inflight::create(&shape).map_err(WorkerError::Start)? })
+            }
+            false => None,
+        };
+        let (worker, opened) = match &part.delta {
+            // Only as much as its header says, until the guest comes.
+            Some(delta) if offer.incoming => (None, describe(delta, part.serial)?),
+            _ => {
+                let (worker, opened) = Worker::start(&part, &offer, &counters, &mut watch)?;
+                (Some(worker), opened)
+            }
+        };
         let device = Device::new(opened.description(offer.queues));
-        Ok(Service { worker, device, part, staged: None, history, offer, counters, events: Vec::new() })
+        Ok(Service {
+            elsewhere: worker.is_none(),
+            worker,
+            watch,
+            deaths: Deaths::none(),
+            latch_told: false,
+            space: Space { is_full: false, last_full: Instant::now(), is_low: false, next_look: Instant::now() },
+            device,
+            part,
+            staged: None,
+            history,
+            offer,
+            counters,
+            inflight,
+            management,
+        })
     }
 
     /// What a driver gets to know.
@@ -151,36 +356,198 @@ impl Service {
         &self.offer
     }
 
-    /// What is served.
-    pub fn part(&self) -> &Part {
-        &self.part
+    /// Whether something is staged.
+    pub fn has_staged(&self) -> bool {
+        self.staged.is_some()
     }
 
-    /// What is served after the guest's next boot.
-    pub fn staged(&self) -> Option<&Part> {
-        self.staged.as_ref()
+    /// The keeper's own region for what is in flight.
+    pub fn inflight(&self) -> Option<&Inflight> {
+        self.inflight.as_ref()
     }
 
-    /// Where the worker counts.
-    pub fn counters(&self) -> &File {
-        &self.counters
+    /// Notes whether a front end is connected.
+    pub fn note_connected(&mut self, connected: bool) {
+        self.management.connected = connected;
     }
 
-    /// Readable when the worker is gone: it never speaks first.
-    pub fn worker_end(&self) -> BorrowedFd<'_> {
-        self.worker.conversation.as_fd()
+    /// Whether a controller or a signal has said to stop.
+    pub fn stops(&self) -> bool {
+        self.management.stops
     }
 
-    /// What has happened since this was asked last.
-    pub fn take_events(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.events)
+    /// Tells the controller something.
+    pub fn tell(&mut self, event: Event) {
+        self.management.controllers.say(&Said::Event(event), &[]);
     }
 
-    /// Has the worker carry out an order. For each ring that it stopped: which entry of the available ring comes next.
-    pub fn ask(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Vec<(u16, u16)>, WorkerError> {
-        match self.worker.exchange(order, descriptors)? {
+    /// Waits until something can be read from `other` or there is something else to do, at most so long; -1: without limit. What a
+    /// controller says is done, but for the rest.
+    pub fn wait(&mut self, other: Option<BorrowedFd<'_>>, timeout_ms: i32) -> Result<Woken, WorkerError> {
+        let [listener, controller] = self.management.controllers.descriptors();
+        let worker = self.worker.as_ref().map(|worker| worker.conversation.as_fd());
+        let [_, wake] = self.watch.files();
+        let watched = [Some(self.management.signals.as_fd()), worker, Some(wake.as_fd()), listener, controller, other];
+        let watch_ms = self.watch.timeout_ms();
+        let timeout_ms = if timeout_ms < 0 {
+            watch_ms
+        } else if watch_ms < 0 {
+            timeout_ms
+        } else {
+            timeout_ms.min(watch_ms)
+        };
+        let [stop, worker_gone, wake, connects, says, other] =
+            socket::wait_readable(watched, timeout_ms).map_err(WorkerError::Wait)?;
+        if wake {
+            self.watch.woken();
+        }
+        if let Some(ring) = self.watch.look()
+            && let Some(worker) = &mut self.worker
+        {
+            log::error!("the worker is killed: ring {ring} is stuck in a batch");
+            worker.kill();
+        }
+        self.tell_latch();
+        self.tell_space();
+        self.management.stops |= stop;
+        if connects {
+            self.management.controllers.accept();
+        }
+        let mut rest = Rest::Nothing;
+        if says && let Some((command, descriptors)) = self.management.controllers.receive() {
+            rest = self.obey(command, descriptors);
+        }
+        Ok(Woken { stop: self.management.stops, worker_gone: worker_gone || self.is_missing(), other, rest })
+    }
+
+    /// Whether there should be a worker and is none.
+    fn is_missing(&self) -> bool {
+        self.worker.is_none() && !self.elsewhere
+    }
+
+    /// Tells of a failed sync, once.
+    fn tell_latch(&mut self) {
+        if !self.latch_told && self.watch.is_latched() {
+            self.latch_told = true;
+            let file = self.part.delta.as_ref().map_or(String::new(), |delta| delta.label.clone());
+            log::error!("{file}: a sync has failed; writes and flushes are refused until the backend is started again");
+            self.tell(Event::Latched { file });
+        }
+    }
+
+    /// Tells when requests begin to wait for room and when none waits any more, and ahead of that, when there is little left.
+    fn tell_space(&mut self) {
+        let (held, now) = (self.watch.held(), Instant::now());
+        if held > 0 {
+            self.space.last_full = now;
+            if !std::mem::replace(&mut self.space.is_full, true) {
+                log::error!("the delta's file system is full: {held} requests wait for room");
+                self.tell(Event::Full { held });
+            }
+        } else if self.space.is_full && now - self.space.last_full >= Space::SETTLED_AFTER {
+            self.space.is_full = false;
+            log::info!("there is room again in the delta's file system: no request waits");
+            self.tell(Event::SpaceBack);
+        }
+        let Some(delta) = self.part.delta.as_ref().filter(|_| now >= self.space.next_look) else { return };
+        self.space.next_look = now + Space::LOOK_INTERVAL;
+        // A file system that does not say is none that is nearly full.
+        let Ok(found) = file::space(&delta.file) else { return };
+        let low_water = Space::LOW_WATER.min(found.all / 20);
+        if found.free >= low_water {
+            self.space.is_low = false;
+        } else if !std::mem::replace(&mut self.space.is_low, true) {
+            log::warn!("the delta's file system has {} left", ByteCount(found.free));
+            self.tell(Event::LowSpace { bytes: found.free });
+        }
+    }
+
+    fn reply(&mut self, reply: Reply) {
+        self.management.controllers.say(&Said::Reply(reply), &[]);
+    }
+
+    /// Does what a controller says.
+    fn obey(&mut self, command: Command, mut descriptors: Descriptors) -> Rest {
+        let reply = match command {
+            Command::Serve(_) => Reply::Failed("it serves already".to_owned()),
+            Command::Report => {
+                self.report();
+                return Rest::Nothing;
+            }
+            Command::Stage(spec) => match control::take_volume(spec, &mut descriptors) {
+                Ok(part) => self.stage(part),
+                Err(error) => Reply::Failed(error.to_string()),
+            },
+            Command::Unstage => {
+                self.staged = None;
+                Reply::Done
+            }
+            // None is held.
+            Command::Resume => Reply::Done,
+            Command::Grow { bytes } => return Rest::Grow { bytes },
+            Command::Stop => {
+                // Answered when all is durable.
+                self.management.stops = true;
+                self.management.stop_is_awaited = true;
+                return Rest::Nothing;
+            }
+        };
+        self.reply(reply);
+        Rest::Nothing
+    }
+
+    /// Lets this be served from the guest's next boot on.
+    fn stage(&mut self, part: Part) -> Reply {
+        let is_served =
+            |delta: &AttachedDelta| self.part.delta.as_ref().is_some_and(|served| served.is_same_file(delta));
+        if part.delta.as_ref().is_some_and(is_served) {
+            // Two workers would write to it, for a moment.
+            return Reply::Failed("that delta is the one that is served: stage another".to_owned());
+        }
+        self.staged = Some(part);
+        Reply::Done
+    }
+
+    /// Answers a controller that asked for the volume to become larger.
+    pub fn answer_growth(&mut self, grown: Result<(), WorkerError>) {
+        self.reply(grown.map_or_else(|error| Reply::Failed(chain_of(&error)), |()| Reply::Done));
+    }
+
+    /// Tells the controller how things stand.
+    pub fn report(&mut self) {
+        let report = Report {
+            process: std::process::id(),
+            name: self.management.name.clone(),
+            tag: self.part.tag.clone(),
+            staged: self.staged.as_ref().map(|part| part.tag.clone()),
+            bytes: self.device.description().bytes,
+            connected: self.management.connected,
+            held: self.is_missing(),
+        };
+        let Management { controllers, front_ends, .. } = &mut self.management;
+        let Some(front_ends) = front_ends else { return };
+        let base = self.part.base.as_ref().map(AsFd::as_fd);
+        let descriptors: Vec<BorrowedFd> =
+            [Some(front_ends.as_fd()), Some(self.counters.as_fd()), base].into_iter().flatten().collect();
+        controllers.say(&Said::Reply(Reply::Report(report)), &descriptors);
+    }
+
+    fn exchange(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Answer, WorkerError> {
+        let worker = self.worker.as_mut().ok_or(WorkerError::Absent)?;
+        let answer = worker.exchange(&mut self.watch, order, descriptors);
+        self.tell_latch();
+        answer
+    }
+
+    /// Has the worker carry out an order. Where each ring stopped that it told to.
+    pub fn ask(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Vec<RingStop>, WorkerError> {
+        if self.elsewhere && !order.runs_a_ring() {
+            // Whoever serves the next ring is told all of it.
+            return Ok(Vec::new());
+        }
+        match self.exchange(order, descriptors)? {
             Answer::Done(stopped) => {
-                stopped.iter().for_each(|(ring, position)| self.history.stopped((*ring).into(), *position));
+                stopped.iter().for_each(|stop| self.history.stopped(stop.index.into(), stop.next_available));
                 Ok(stopped)
             }
             _ => Err(WorkerError::Answer),
@@ -188,16 +555,11 @@ impl Service {
     }
 
     /// How far the used rings at these places have come.
-    pub fn used_indexes(&self, places: Vec<RingPlace>) -> Result<Vec<Option<u16>>, WorkerError> {
-        match self.worker.exchange(&Order::Look(places), &[])? {
+    pub fn used_indexes(&mut self, places: Vec<RingPlace>) -> Result<Vec<Option<u16>>, WorkerError> {
+        match self.exchange(&Order::Look(places), &[])? {
             Answer::Looked(indexes) => Ok(indexes),
             _ => Err(WorkerError::Answer),
         }
-    }
-
-    /// Lets this be served from the guest's next boot on, or nothing else than what is.
-    pub fn stage(&mut self, part: Option<Part>) {
-        self.staged = part;
     }
 
     /// Notes a start of the device, and says whether what is staged is to be served from here on.
@@ -209,38 +571,56 @@ impl Service {
     /// served, what was served until now still is. Whether it is.
     pub fn switch(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> bool {
         let Some(part) = self.staged.take() else { return false };
-        let started = Worker::start(&part, &self.offer, &self.counters).and_then(|(worker, opened)| {
-            self.check_kind(&worker, &opened)?;
-            worker.exchange(order, descriptors).map(|_| (worker, opened))
-        });
+        let started =
+            Worker::start(&part, &self.offer, &self.counters, &mut self.watch).and_then(|(worker, opened)| {
+                let worker = self.check_kind(worker, &opened)?;
+                self.prepare(worker, order, descriptors).map(|worker| (worker, opened))
+            });
         let (worker, opened) = match started {
             Ok(started) => started,
             Err(error) => {
                 let reason = chain_of(&error);
                 log::error!("{} could not be served, {} goes on: {reason}", part.tag, self.part.tag);
-                self.events.push(Event::SwitchFailed { tag: part.tag, reason });
+                self.tell(Event::SwitchFailed { tag: part.tag, reason });
                 return false;
             }
         };
-        let last = std::mem::replace(&mut self.worker, worker);
-        if let Err(error) = last.close() {
+        if let Some(mut last) = self.worker.replace(worker)
+            && let Err(error) = last.close(&mut self.watch).or_else(|error| last.end().map(drop).and(Err(error)))
+        {
             // What it had completed is in the page cache; nobody will read it again.
             log::warn!("the last worker did not end in good order: {}", chain_of(&error));
         }
         self.replace_device(&opened);
         self.part = part;
         log::info!("{} is served from this boot on", self.part.tag);
-        self.events.push(Event::Switched { tag: self.part.tag.clone(), bytes: opened.bytes });
+        self.tell(Event::Switched { tag: self.part.tag.clone(), bytes: opened.bytes });
         true
     }
 
+    /// Has a worker that does not serve yet carry out an order.
+    fn prepare(
+        &mut self,
+        mut worker: Worker,
+        order: &Order,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Worker, WorkerError> {
+        match worker.exchange(&mut self.watch, order, descriptors) {
+            Ok(_) => Ok(worker),
+            Err(error) => {
+                worker.end()?;
+                Err(error)
+            }
+        }
+    }
+
     /// Sees that a driver that was told of the disk as it is finds one of its kind: it does not ask again.
-    fn check_kind(&self, worker: &Worker, opened: &Opened) -> Result<(), WorkerError> {
+    fn check_kind(&mut self, mut worker: Worker, opened: &Opened) -> Result<Worker, WorkerError> {
         let told = self.device.description().read_only;
         if opened.read_only == told {
-            return Ok(());
+            return Ok(worker);
         }
-        worker.close()?;
+        worker.close(&mut self.watch)?;
         let kind = |read_only| if read_only { "read-only" } else { "writable" };
         Err(WorkerError::Kind { found: kind(opened.read_only), told: kind(told) })
     }
@@ -251,38 +631,180 @@ impl Service {
         self.device = device;
     }
 
-    /// Makes the volume larger, with another worker in place of the last one, who has to be told how the guest's side stands. No ring runs.
-    ///
-    /// The outer error: there is no worker any more.
-    pub fn grow(&mut self, bytes: u64) -> Result<Result<(), WorkerError>, WorkerError> {
-        let Some(delta) = &self.part.delta else { return Ok(Err(WorkerError::NoDelta)) };
-        if delta.ephemeral {
-            return Ok(Err(WorkerError::Ephemeral));
+    /// Makes the volume larger. No ring runs. Whatever comes of it, there may be another worker, who has to be told how the guest's side stands.
+    pub fn grow(&mut self, bytes: u64) -> Result<(), WorkerError> {
+        if self.part.delta.is_none() {
+            return Err(WorkerError::NoDelta);
         }
-        self.worker.close()?;
-        let grown = open::read_header(&delta.file, &delta.label)
-            .and_then(|header| grow::grow(&delta.file, &delta.label, &header, bytes));
-        let (worker, opened) = Worker::start(&self.part, &self.offer, &self.counters)?;
-        self.worker = worker;
-        self.replace_device(&opened);
-        Ok(grown.map(drop).map_err(WorkerError::from))
+        self.claim()?;
+        if let Some(worker) = &mut self.worker {
+            match worker.close(&mut self.watch) {
+                Ok(()) => self.worker = None,
+                // It knows why, and goes on.
+                Err(error @ WorkerError::Refused { .. }) => return Err(error),
+                // One that died in between has left all that it completed.
+                Err(error) => {
+                    log::warn!("the worker did not end in good order: {}", chain_of(&error));
+                    self.bury()?;
+                }
+            }
+        }
+        let grown = self.part.delta.as_ref().map(|AttachedDelta { file, label, .. }| {
+            open::read_header(file, label).and_then(|header| grow::grow(file, label, &header, bytes))
+        });
+        self.replace()?;
+        grown.transpose().map(drop).map_err(WorkerError::from)
     }
 
-    /// Starts a worker in place of one that has died.
-    pub fn replace_dead(&mut self) -> Result<(), WorkerError> {
-        let status = self.worker.wait()?;
-        log::error!("the worker has died ({status}){}; starting another", sandbox::remark_on(status));
-        let (worker, opened) = Worker::start(&self.part, &self.offer, &self.counters)?;
-        self.worker = worker;
-        self.replace_device(&opened);
-        self.events.push(Event::WorkerDied { status: status.to_string() });
+    /// Waits for the end of a worker that is dead or as good as dead.
+    fn bury(&mut self) -> Result<(), WorkerError> {
+        let Some(worker) = self.worker.take() else { return Ok(()) };
+        let status = worker.end()?;
+        self.tell_latch();
+        self.deaths.note(self.watch.has_got_further());
+        log::error!("the worker has died ({status}){}", sandbox::remark_on(status));
+        self.tell(Event::WorkerDied { status: status.to_string() });
         Ok(())
     }
 
-    /// Has the worker make everything durable and end.
-    pub fn close(&mut self) -> Result<(), WorkerError> {
-        self.worker.close()
+    /// Sees that there is a worker in place of one that has died, who has to be told how the guest's side stands.
+    ///
+    /// Does not return before there is one: while too many die, it waits, and looks after controllers.
+    ///
+    /// # Errors
+    /// When asked to stop meanwhile.
+    pub fn replace_dead(&mut self) -> Result<(), WorkerError> {
+        self.bury()?;
+        self.replace()
     }
+
+    fn replace(&mut self) -> Result<(), WorkerError> {
+        self.claim()?;
+        while self.worker.is_none() {
+            if self.deaths.are_too_many() {
+                self.hold()?;
+                self.deaths = Deaths::none();
+            }
+            self.deaths.taken_over = Instant::now();
+            match Worker::start(&self.part, &self.offer, &self.counters, &mut self.watch) {
+                Ok((worker, opened)) => {
+                    self.watch.taken_over();
+                    self.worker = Some(worker);
+                    self.replace_device(&opened);
+                }
+                Err(error) => {
+                    self.deaths.note(false);
+                    let status = chain_of(&error);
+                    log::error!("another worker cannot be started: {status}");
+                    self.tell(Event::WorkerDied { status });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the volume to another backend, to which the guest is on its way: all that was written is durable, and the delta is nobody's
+    /// until the guest runs again, there or here. No ring runs.
+    pub fn release(&mut self) -> Result<(), WorkerError> {
+        let Some(delta) = &self.part.delta else { return Ok(()) };
+        let Some(worker) = self.worker.as_mut().filter(|_| !delta.ephemeral) else { return Ok(()) };
+        worker.close(&mut self.watch)?;
+        delta.file.unlock().map_err(WorkerError::Lock)?;
+        (self.worker, self.elsewhere) = (None, true);
+        log::info!("{}: left to whoever the guest comes to", delta.label);
+        Ok(())
+    }
+
+    /// Takes the volume back, or over, from another backend, whose guest comes here. Waits a little for that one to leave it.
+    fn claim(&mut self) -> Result<(), WorkerError> {
+        let Some(delta) = self.part.delta.as_ref().filter(|_| self.elsewhere) else { return Ok(()) };
+        open::lock(&delta.file, &delta.label, CLAIM_PATIENCE)?;
+        self.elsewhere = false;
+        log::info!("{}: taken over with its guest", delta.label);
+        Ok(())
+    }
+
+    /// Waits for an operator, or for a while.
+    fn hold(&mut self) -> Result<(), WorkerError> {
+        let seconds = Deaths::HOLD.as_secs();
+        log::error!("too many workers have died one after another: held for {seconds} s; the guest's requests wait");
+        self.tell(Event::WorkerHeld { seconds });
+        let ends = Instant::now() + Deaths::HOLD;
+        loop {
+            if self.management.stops {
+                return Err(WorkerError::Stopped);
+            }
+            let left = ends.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let [listener, controller] = self.management.controllers.descriptors();
+            let watched = [Some(self.management.signals.as_fd()), listener, controller];
+            let [stop, connects, says] =
+                socket::wait_readable(watched, left.as_millis() as i32 + 1).map_err(WorkerError::Wait)?;
+            self.management.stops |= stop;
+            if connects {
+                self.management.controllers.accept();
+            }
+            if says && let Some((command, descriptors)) = self.management.controllers.receive() {
+                let resumes = matches!(command, Command::Resume);
+                if let Rest::Grow { .. } = self.obey(command, descriptors) {
+                    self.answer_growth(Err(WorkerError::Held));
+                }
+                if resumes {
+                    break;
+                }
+            }
+        }
+        log::info!("another worker is tried");
+        self.tell(Event::WorkerResumed);
+        Ok(())
+    }
+
+    /// Has the worker make everything durable and end, and answers a controller that has asked for it.
+    pub fn close(&mut self) -> Result<(), WorkerError> {
+        let closed = loop {
+            if self.elsewhere {
+                break Ok(());
+            }
+            if self.worker.is_none() {
+                // Held, and asked to stop: one last try to leave the delta in good order.
+                match Worker::start(&self.part, &self.offer, &self.counters, &mut self.watch) {
+                    Ok((worker, _)) => self.worker = Some(worker),
+                    Err(error) => break Err(error),
+                }
+            }
+            let Some(worker) = &mut self.worker else { continue };
+            match worker.close(&mut self.watch) {
+                Err(error) if error.is_death() => {
+                    self.bury()?;
+                    if self.deaths.are_too_many() {
+                        break Err(error);
+                    }
+                }
+                other => break other,
+            }
+        };
+        if self.management.stop_is_awaited {
+            self.reply(match &closed {
+                Ok(()) => Reply::Done,
+                Err(error) => Reply::Failed(chain_of(error)),
+            });
+        }
+        closed
+    }
+}
+
+/// What ended a wait.
+pub struct Woken {
+    /// Asked to stop.
+    pub stop: bool,
+    /// The worker is dead.
+    pub worker_gone: bool,
+    /// Something can be read from what else was waited for.
+    pub other: bool,
+    /// What a controller has said and is not done.
+    pub rest: Rest,
 }
 
 /// An error and its causes, in one line.

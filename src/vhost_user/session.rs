@@ -3,6 +3,9 @@
 //! Holds what the front end has said (features, memory, rings, event descriptors) and turns each change that matters into an order
 //! for the worker. A ring runs while it has a place, a kick descriptor, memory, and is both started and enabled; the front end may say
 //! these things in any order, and again. Maps no guest memory and touches no ring.
+//!
+//! A worker may die at any time. Another one is then told all that the last one knew, and goes on with what was in flight; an order that the
+//! last one has not answered is given again. The front end waits a little longer for its answer, and sees nothing.
 
 use std::fs::File;
 use std::io;
@@ -21,9 +24,11 @@ use crate::sys::socket;
 
 use super::boot::{Driver, RingStart, Start};
 use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
-use super::order::{Order, REGIONS_MAX, RingOrder, RingRun, SessionOrder};
+use super::inflight::{self, InflightError, RegionShape};
+use super::order::{LogPlace, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
 use super::ring::RingPlace;
 use super::service::{Service, WorkerError, chain_of};
+use super::state::{DeviceState, StateError};
 
 type Result<T> = std::result::Result<T, ProtocolError>;
 
@@ -51,6 +56,19 @@ pub enum Refusal {
     /// A region that is not there.
     #[error("memory region {place:x?} is to be removed and does not exist")]
     UnknownRegion { place: RegionPlace },
+    /// A region for what is in flight that cannot be used.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    /// The device's state cannot be sent, or is not what this backend can go on from.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The system said no.
+    #[error("cannot {action}")]
+    System {
+        action: &'static str,
+        #[source]
+        source: io::Error,
+    },
     /// Something that was not offered.
     #[error("{what} was not offered")]
     NotOffered { what: &'static str },
@@ -70,6 +88,12 @@ pub struct Session<'k> {
     service: &'k Mutex<Service>,
     features: u64,
     regions: Vec<(RegionPlace, File)>,
+    /// The front end's memory for what is in flight, if it offers any.
+    inflight: Option<(RegionShape, File)>,
+    /// Where the front end has writes to guest memory noted.
+    log: Option<(LogPlace, File)>,
+    /// A transfer of the device's state to this backend, until it is checked.
+    incoming: Option<File>,
     rings: Vec<Ring>,
     /// Whether no ring has run yet.
     is_new: bool,
@@ -83,6 +107,8 @@ pub struct Session<'k> {
 #[derive(Default)]
 struct Ring {
     place: RingPlace,
+    /// The guest address of the used ring, if writes to it are to be noted.
+    used_in_log: Option<u64>,
     /// Whether the addresses have been given.
     placed: bool,
     /// Which entry of the available ring comes next, while it does not run; `None` as long as nobody has said. A ring may run
@@ -98,11 +124,19 @@ struct Ring {
     enabled: bool,
     /// Whether the worker serves it.
     runs: bool,
+    /// Where it stopped, if requests are in flight there that wait for room: they go on if it does.
+    held_at: Option<(RingPlace, u16)>,
 }
 
 impl Ring {
     fn should_run(&self) -> bool {
         self.started && self.enabled && self.placed && self.place.size > 0 && self.kick.is_some()
+    }
+
+    /// Notes where it stopped.
+    fn stopped(&mut self, stop: &RingStop) {
+        self.next_available = Some(stop.next_available);
+        self.held_at = (stop.held > 0).then_some((self.place, stop.next_available));
     }
 
     fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
@@ -120,19 +154,123 @@ impl<'k> Session<'k> {
             service.offer().queues
         };
         let rings = (0..queues).map(|_| Ring::default()).collect();
-        Session { service, features: 0, regions: Vec::new(), rings, is_new: true, channel: None, _channel: None }
+        Session {
+            service,
+            features: 0,
+            regions: Vec::new(),
+            inflight: None,
+            log: None,
+            incoming: None,
+            rings,
+            is_new: true,
+            channel: None,
+            _channel: None,
+        }
     }
 
     fn service(&self) -> MutexGuard<'k, Service> {
         lock(self.service)
     }
 
+    /// Has the worker carry out an order; if it dies, its successor.
     fn ask(
         &self,
         order: SessionOrder,
         descriptors: &[BorrowedFd<'_>],
-    ) -> std::result::Result<Vec<(u16, u16)>, WorkerError> {
-        self.service().ask(&Order::Become(order), descriptors)
+    ) -> std::result::Result<Vec<RingStop>, WorkerError> {
+        let order = Order::Become(order);
+        self.surviving(|service| service.ask(&order, descriptors))
+    }
+
+    /// Does something with the worker, and again with its successor if it dies.
+    fn surviving<T>(
+        &self,
+        mut act: impl FnMut(&mut Service) -> std::result::Result<T, WorkerError>,
+    ) -> std::result::Result<T, WorkerError> {
+        loop {
+            let result = act(&mut self.service());
+            match result {
+                Err(error) if error.is_death() => self.revive()?,
+                other => return other,
+            }
+        }
+    }
+
+    /// Has another worker go on where one that has died was.
+    ///
+    /// # Errors
+    /// When asked to stop, or when it cannot go on with what the front end has given.
+    pub fn revive(&self) -> std::result::Result<(), WorkerError> {
+        loop {
+            self.service().replace_dead()?;
+            match self.tell_all() {
+                Err(error) if error.is_death() => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Tells a worker that knows nothing how the guest's side stands.
+    fn tell_all(&self) -> std::result::Result<(), WorkerError> {
+        let mut service = self.service();
+        let rings =
+            self.running().into_iter().map(|index| self.ring_order(index, service.inflight().is_some())).collect();
+        let order = SessionOrder { rings, ..self.standing(&service) };
+        let accounts = self.accounts(&service)?;
+        let descriptors: Vec<BorrowedFd> = self
+            .region_files()
+            .chain(accounts.iter().map(AsFd::as_fd))
+            .chain(self.running().into_iter().flat_map(|index| self.rings[index].events()))
+            .collect();
+        service.ask(&Order::Become(order), &descriptors).map(drop)
+    }
+
+    /// How the guest's side stands, without its rings. Descriptors: those of the regions, then those of the account of what is in flight and of
+    /// the dirty log.
+    fn standing(&self, service: &Service) -> SessionOrder {
+        SessionOrder {
+            features: self.features,
+            writeback: service.device().writeback(),
+            memory: Some(self.regions.iter().map(|(place, _)| *place).collect()),
+            inflight: self.inflight_shape(service),
+            log: self.log.as_ref().map(|(place, _)| *place),
+            rings: Vec::new(),
+        }
+    }
+
+    fn region_files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.regions.iter().map(|(_, file)| file.as_fd())
+    }
+
+    fn inflight_shape(&self, service: &Service) -> Option<RegionShape> {
+        match (&self.inflight, service.inflight()) {
+            (Some((shape, _)), _) => Some(*shape),
+            (None, own) => own.map(|own| own.shape),
+        }
+    }
+
+    /// The memory of the account of what is in flight and of the dirty log, those that there are.
+    fn accounts(&self, service: &Service) -> std::result::Result<Vec<OwnedFd>, WorkerError> {
+        let inflight = match (&self.inflight, service.inflight()) {
+            (Some((_, file)), _) => Some(file),
+            (None, own) => own.map(|own| &own.file),
+        };
+        let files = inflight.into_iter().chain(self.log.as_ref().map(|(_, file)| file));
+        files.map(|file| file.as_fd().try_clone_to_owned()).collect::<io::Result<_>>().map_err(WorkerError::Start)
+    }
+
+    /// How a ring is to run.
+    fn ring_order(&self, index: usize, is_tracked: bool) -> RingOrder {
+        let ring = &self.rings[index];
+        let run = RingRun {
+            place: ring.place,
+            // Of a ring that has run, its account knows better. Without one, the used index is what there is.
+            next_available: if ring.runs && !is_tracked { None } else { ring.next_available },
+            used_in_log: ring.used_in_log,
+            has_call: ring.call.is_some(),
+            has_error: ring.error.is_some(),
+        };
+        RingOrder { index: index as u16, run: Some(run) }
     }
 
     /// Takes the descriptor over at which the front end takes messages.
@@ -154,13 +292,14 @@ impl<'k> Session<'k> {
 
     /// Stops all rings and forgets the guest's memory.
     pub fn end(&mut self) -> std::result::Result<(), WorkerError> {
+        // First the one and then the other: what is in flight needs the memory, whoever completes it.
+        let running = self.running();
+        let rings = running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect();
+        self.ask(SessionOrder { rings, ..self.order() }, &[])?;
+        running.into_iter().for_each(|index| self.rings[index].runs = false);
         self.regions.clear();
         self.features = 0;
-        let running = self.running();
-        running.iter().for_each(|index| self.rings[*index].runs = false);
-        let rings = running.into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
-        let order = SessionOrder { memory: Some(Vec::new()), rings, ..self.order() };
-        self.ask(order, &[]).map(drop)
+        self.ask(SessionOrder { memory: Some(Vec::new()), ..self.order() }, &[]).map(drop)
     }
 
     fn running(&self) -> Vec<usize> {
@@ -198,9 +337,7 @@ impl<'k> Session<'k> {
         let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: None }], ..self.order() };
         let stopped = self.ask(order, &[]).map_err(Refusal::from)?;
         self.rings[index].runs = false;
-        if let Some((_, next_available)) = stopped.into_iter().find(|(stopped, _)| usize::from(*stopped) == index) {
-            self.rings[index].next_available = Some(next_available);
-        }
+        stopped.iter().for_each(|stop| self.rings[usize::from(stop.index)].stopped(stop));
         Ok(())
     }
 
@@ -212,15 +349,23 @@ impl<'k> Session<'k> {
         if self.rings.iter().all(|ring| !ring.runs) {
             self.device_starts()?;
         }
-        let ring = &self.rings[index];
-        let run = RingRun {
-            place: ring.place,
-            next_available: ring.next_available,
-            has_call: ring.call.is_some(),
-            has_error: ring.error.is_some(),
+        let ring = &mut self.rings[index];
+        let goes_on =
+            ring.held_at.take().is_some_and(|held| Some(held) == ring.next_available.map(|at| (ring.place, at)));
+        let is_tracked = {
+            let service = self.service();
+            // A region of the front end's knows what was there before this connection; ours knows what was there since it stopped.
+            if self.inflight.is_none()
+                && !goes_on
+                && let Some(own) = service.inflight()
+            {
+                let system = |source| Refusal::System { action: "clear the account of what is in flight", source };
+                own.shape.clear(&own.file, index as u16).map_err(system)?;
+            }
+            service.inflight().is_some()
         };
-        let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: Some(run) }], ..self.order() };
-        let descriptors: Vec<BorrowedFd> = ring.events().collect();
+        let order = SessionOrder { rings: vec![self.ring_order(index, is_tracked)], ..self.order() };
+        let descriptors: Vec<BorrowedFd> = self.rings[index].events().collect();
         self.ask(order, &descriptors).map_err(Refusal::from)?;
         self.rings[index].runs = true;
         Ok(())
@@ -231,14 +376,12 @@ impl<'k> Session<'k> {
         // Not those that a driver before this one has left behind: firmware uses one ring where a kernel used many.
         let takes_part = |ring: &Ring| ring.placed && (ring.should_run() || ring.has_base);
         let placed: Vec<usize> = (0..self.rings.len()).filter(|index| takes_part(&self.rings[*index])).collect();
-        let mut service = self.service();
-        let used = match service.staged() {
-            Some(_) => {
-                let places = placed.iter().map(|index| self.rings[*index].place).collect();
-                service.used_indexes(places).map_err(Refusal::from)?
-            }
+        let used = if self.service().has_staged() {
+            let places = || placed.iter().map(|index| self.rings[*index].place).collect();
+            self.surviving(|service| service.used_indexes(places())).map_err(Refusal::from)?
+        } else {
             // Nothing depends on it.
-            None => vec![None; placed.len()],
+            vec![None; placed.len()]
         };
         let ring = |(index, used): (&usize, Option<u16>)| RingStart {
             index: *index,
@@ -251,12 +394,12 @@ impl<'k> Session<'k> {
             rings: placed.iter().zip(used).map(ring).collect(),
         };
         self.is_new = false;
+        let mut service = self.service();
         if service.starts(&start) {
             let bytes = service.device().description().bytes;
-            let writeback = service.device().writeback();
-            let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
-            let order = SessionOrder { features: self.features, writeback, memory, rings: Vec::new() };
-            let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
+            let order = self.standing(&service);
+            let accounts = self.accounts(&service).map_err(Refusal::from)?;
+            let descriptors: Vec<BorrowedFd> = self.region_files().chain(accounts.iter().map(AsFd::as_fd)).collect();
             let switched = service.switch(&Order::Become(order), &descriptors);
             if switched && service.device().description().bytes != bytes {
                 self.tell_config_change();
@@ -266,20 +409,18 @@ impl<'k> Session<'k> {
     }
 
     /// Makes the volume larger under a guest that may be running: its rings stop, and go on where they were.
-    ///
-    /// The outer error: the volume is not served any more.
-    pub fn grow(&mut self, bytes: u64) -> std::result::Result<std::result::Result<(), WorkerError>, WorkerError> {
+    pub fn grow(&mut self, bytes: u64) -> std::result::Result<(), WorkerError> {
         let running = self.running();
         let order = SessionOrder {
             rings: running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect(),
             ..self.order()
         };
-        for (ring, position) in self.ask(order, &[])? {
-            let ring = &mut self.rings[usize::from(ring)];
-            (ring.runs, ring.next_available) = (false, Some(position));
+        for stop in self.ask(order, &[])? {
+            self.rings[usize::from(stop.index)].stopped(&stop);
         }
+        running.iter().for_each(|index| self.rings[*index].runs = false);
         let before = self.service().device().description().bytes;
-        let grown = self.service().grow(bytes)?;
+        let grown = self.service().grow(bytes);
         let resumed = self.tell_memory().and_then(|()| running.into_iter().try_for_each(|index| self.start(index)));
         if let Err(error) = resumed {
             // The front end's own fault, and it finds its rings stopped; what it says next is answered.
@@ -288,7 +429,14 @@ impl<'k> Session<'k> {
         if self.service().device().description().bytes != before {
             self.tell_config_change();
         }
-        Ok(grown)
+        grown
+    }
+
+    /// What another backend needs to know to go on where this one is.
+    fn state(&self) -> DeviceState {
+        let service = self.service();
+        let description = service.device().description();
+        DeviceState { bytes: description.bytes, read_only: description.read_only, serial: description.serial }
     }
 
     /// Whether a ring lies in the memory as it is now.
@@ -315,14 +463,25 @@ impl<'k> Session<'k> {
                 self.stop(index)?;
             }
         }
-        let memory = Some(self.regions.iter().map(|(place, _)| *place).collect());
-        let descriptors: Vec<BorrowedFd> = self.regions.iter().map(|(_, file)| file.as_fd()).collect();
-        let order = SessionOrder { memory, ..self.order() };
+        let (order, accounts) = {
+            let service = self.service();
+            (self.standing(&service), self.accounts(&service).map_err(Refusal::from)?)
+        };
+        let descriptors: Vec<BorrowedFd> = self.region_files().chain(accounts.iter().map(AsFd::as_fd)).collect();
         self.ask(order, &descriptors).map_err(Refusal::from)?;
         for index in 0..self.rings.len() {
             if self.is_in_memory(index) {
                 self.start(index)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Leaves the volume to another backend when the guest is on its way there: all its rings have stopped while its writes to memory are logged.
+    fn release_if_moving(&mut self) -> Result<()> {
+        let is_moving = device::logs_writes(self.features) && self.log.is_some() && self.running().is_empty();
+        if is_moving {
+            self.surviving(Service::release).map_err(Refusal::from)?;
         }
         Ok(())
     }
@@ -445,18 +604,20 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptors: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let index = self.index(index)?;
         let place = RingPlace { descriptors, available, used, ..self.rings[index].place };
-        if self.rings[index].placed && self.rings[index].place == place {
+        let used_in_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let ring = &self.rings[index];
+        if ring.placed && (ring.place, ring.used_in_log) == (place, used_in_log) {
             return Ok(());
         }
-        self.change(index, |ring| (ring.place, ring.placed) = (place, true))
+        self.change(index, |ring| (ring.place, ring.used_in_log, ring.placed) = (place, used_in_log, true))
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -480,7 +641,9 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         ring.started = false;
         ring.has_base = false;
         ring.kick = None;
-        Ok(VhostUserVringState::new(index, ring.next_available.unwrap_or(0).into()))
+        let next_available = ring.next_available.unwrap_or(0);
+        self.release_if_moving()?;
+        Ok(VhostUserVringState::new(index, next_available.into()))
     }
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
@@ -511,7 +674,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         if self.rings[ring].enabled == enable {
             return Ok(());
         }
-        self.change(ring, |ring| ring.enabled = enable)
+        self.change(ring, |ring| ring.enabled = enable)?;
+        self.release_if_moving()
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
@@ -536,32 +700,60 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         not_offered("a shared object")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered("an inflight region")
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let VhostUserInflight { num_queues, queue_size, .. } = *asked;
+        let shape = RegionShape::new(num_queues, queue_size);
+        shape.check().map_err(Refusal::from)?;
+        let system = |source| Refusal::System { action: "make memory for what is in flight", source };
+        let file = inflight::create(&shape).map_err(system)?;
+        Ok((VhostUserInflight { mmap_size: shape.bytes, mmap_offset: 0, num_queues, queue_size }, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered("an inflight region")
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *given;
+        let shape = RegionShape { offset: mmap_offset, bytes: mmap_size, slots: num_queues, ring_size: queue_size };
+        shape.check().map_err(Refusal::from)?;
+        self.inflight = Some((shape, file));
+        // The worker gets it with the memory, at the latest.
+        if self.regions.is_empty() { Ok(()) } else { self.tell_memory() }
     }
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _file: File,
+        file: File,
     ) -> Result<Option<File>> {
-        not_offered("a transfer of the device's state")
+        match direction {
+            VhostTransferStateDirection::SAVE => {
+                // Closed afterwards, by which the front end knows that it has all.
+                self.state().send(&file).map_err(Refusal::from)?;
+                self.incoming = None;
+            }
+            VhostTransferStateDirection::LOAD => self.incoming = Some(file),
+        }
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        not_offered("a transfer of the device's state")
+        match self.incoming.take() {
+            Some(file) => Ok(self.state().check(&file).map_err(|error| {
+                // The front end is told that it is refused, and not why.
+                log::error!("{}", chain_of(&error));
+                Refusal::from(error)
+            })?),
+            None => Ok(()),
+        }
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         not_offered("shared memory")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        not_offered("a dirty log")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let VhostUserLog { mmap_size: bytes, mmap_offset: offset } = *log;
+        self.log = Some((LogPlace { offset, bytes }, file));
+        // The worker gets it with the memory, at the latest.
+        if self.regions.is_empty() { Ok(()) } else { self.tell_memory() }
     }
 }

@@ -7,23 +7,28 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::block::base::Base;
-use crate::block::delta::{Delta, OpenError, open};
+use crate::block::delta::{Delta, Latch, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
-use crate::sys::guest::{GuestMemory, MapError};
+use crate::sys::guest::{DirtyLog, GuestMemory, MapError, RegionPlace, SharedArea};
 use crate::sys::process;
 use crate::units::ClusterSize;
 
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::counters::Counters;
-use super::device::{self, Description, Device, serial_from};
-use super::order::{Answer, Opened, Order, RingOrder, RingRun, SessionOrder, VolumeOrder};
-use super::queue::{Queue, RunningQueue};
+use super::device::{self, Description, Device};
+use super::hold::Hold;
+use super::inflight::{InflightError, RegionShape};
+use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
+use super::queue::{Queue, QueueLog, RunningQueue};
 use super::ring::{self, Ring, RingError};
 use super::sandbox;
 use super::service::chain_of;
+use super::steps::{self, Step};
+use super::vitals::{self, Vitals};
 
 /// The argument by which the program knows that it is to be a worker.
 pub const WORKER_ARGUMENT: &str = "--worker";
@@ -37,6 +42,8 @@ enum WorkerError {
     Turn,
     #[error("cannot map the counters")]
     MapCounters(#[source] io::Error),
+    #[error("cannot map the signs of life")]
+    MapVitals(#[source] io::Error),
     #[error("cannot map the base")]
     MapBase(#[source] io::Error),
     #[error("cannot map {label}")]
@@ -49,6 +56,12 @@ enum WorkerError {
     OpenDelta(#[from] OpenError),
     #[error(transparent)]
     Memory(#[from] MapError),
+    #[error("the inflight region cannot be used")]
+    Inflight(#[from] InflightError),
+    #[error("the dirty log cannot be mapped")]
+    MapLog(#[source] MapError),
+    #[error("the inflight region cannot be mapped")]
+    MapInflight(#[source] MapError),
     #[error("ring {index} cannot be served")]
     Ring {
         index: u16,
@@ -79,6 +92,7 @@ pub fn run() -> io::Result<()> {
     process::allow_interrupts()?;
     process::settle_allocator();
     process::set_name(c"pando-worker");
+    steps::choose();
     let conversation = Conversation::over(process::standard_input().into(), "keeper");
     sandbox::close_worker().map_err(io::Error::other)?;
     let mut worker: Option<Worker> = None;
@@ -91,11 +105,16 @@ pub fn run() -> io::Result<()> {
             }
             Err(error) => return Err(io::Error::other(error)),
         };
-        let closes = matches!(order, Order::Close);
+        let mut closes = matches!(order, Order::Close);
         let answer = match carry_out(&mut worker, order, descriptors) {
             Ok(answer) => answer,
-            Err(error) => Answer::Failed(chain_of(&error)),
+            Err(error) => {
+                // Not closed: it is still the one that knows what was lost.
+                closes = false;
+                Answer::Failed(chain_of(&error))
+            }
         };
+        steps::reach(Step::Unanswered);
         match conversation.send(&answer, &[]) {
             Err(ConversationError::Gone(_)) => return Ok(()),
             result => result.map_err(io::Error::other)?,
@@ -128,7 +147,14 @@ struct Worker {
     device: Arc<Device>,
     features: u64,
     memory: Arc<GuestMemory>,
+    /// Where to keep account of what is in flight; none: nowhere.
+    inflight: Option<(RegionShape, Arc<GuestMemory>)>,
+    /// Where to note what has been written to guest memory.
+    log: Option<Arc<DirtyLog>>,
     counters: Arc<Counters>,
+    vitals: Arc<Vitals>,
+    /// How long a request waits for room.
+    hold: Duration,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -153,6 +179,9 @@ impl Worker {
         }
         process::note_boot_id(order.boot);
         let counters = Counters::map(&File::from(descriptors.take()?)).map_err(WorkerError::MapCounters)?;
+        let (memory, wake) = (File::from(descriptors.take()?), File::from(descriptors.take()?));
+        let latch = Latch::shared(vitals::numbers(&memory).map_err(WorkerError::MapVitals)?, vitals::LATCH);
+        let vitals = Vitals::map(&memory, wake).map_err(WorkerError::MapVitals)?;
         let base = descriptors.take_if(order.has_base)?.map(File::from);
         let base = base.map_or_else(|| Ok(Base::empty()), |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
@@ -163,13 +192,13 @@ impl Worker {
                 let header = open::read_header(&file, &label)?;
                 let storage =
                     FileStorage::new(file).map_err(|source| WorkerError::MapDelta { label: label.clone(), source })?;
-                let delta = Delta::start(storage, label, header, delta.lifetime())?;
+                let delta = Delta::start(storage, label, header, delta.lifetime())?.latching_in(latch);
                 let uuid = delta.uuid();
                 (Volume::cow(base, delta), uuid)
             }
             _ => (Volume::read_only(base), [0; 16]),
         };
-        let serial = order.serial.unwrap_or_else(|| serial_from(&serial_of_uuid(uuid)));
+        let serial = order.serial.unwrap_or_else(|| device::serial_of_uuid(uuid));
         let opened = Opened {
             bytes: volume.bytes(),
             read_only: volume.is_read_only(),
@@ -181,18 +210,33 @@ impl Worker {
             device: Arc::new(Device::new(opened.description(order.queues))),
             features: 0,
             memory: Arc::default(),
+            inflight: None,
+            log: None,
             counters: Arc::new(counters),
+            vitals: Arc::new(vitals),
+            hold: Duration::from_millis(order.hold_ms),
             rings: BTreeMap::new(),
         };
         Ok((opened, worker))
     }
 
     /// Becomes what the order says; the positions of the rings that it stops.
-    fn become_as(&mut self, order: SessionOrder, mut descriptors: Descriptors) -> Result<Vec<(u16, u16)>, WorkerError> {
+    fn become_as(&mut self, order: SessionOrder, mut descriptors: Descriptors) -> Result<Vec<RingStop>, WorkerError> {
         let mut regions = Vec::new();
         for place in order.memory.iter().flatten() {
             regions.push((*place, File::from(descriptors.take()?)));
         }
+        let inflight = match order.inflight {
+            Some(shape) => Some((shape, map_inflight(&shape, descriptors.take()?.into())?)),
+            None => None,
+        };
+        let log = match order.log {
+            Some(LogPlace { offset, bytes }) => {
+                let log = DirtyLog::map(descriptors.take()?.into(), offset, bytes).map_err(WorkerError::MapLog)?;
+                Some(Arc::new(log))
+            }
+            None => None,
+        };
         let mut changed = Vec::new();
         for RingOrder { index, run } in order.rings {
             let run = match run {
@@ -209,8 +253,9 @@ impl Worker {
         descriptors.finish()?;
         self.device.set_writeback(order.writeback);
 
-        // Rings that are not told anything go on where they are, over new memory and with new features.
-        let all_change = order.memory.is_some() || order.features != self.features;
+        // Rings that are not told anything go on where they are, over new memory, with new features, another account and another log.
+        let all_change =
+            order.memory.is_some() || order.features != self.features || inflight.is_some() || log.is_some();
         let mut moved = BTreeMap::new();
         let mut stopped = Vec::new();
         for index in self.rings.keys().copied().collect::<Vec<_>>() {
@@ -219,14 +264,20 @@ impl Worker {
                 continue;
             }
             let Some(ring) = self.rings.remove(&index) else { continue };
-            let next_available = ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
+            let stop = ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
             if is_told {
-                stopped.push((index, next_available));
+                stopped.push(stop);
             } else {
-                moved.insert(index, (RingRun { next_available: Some(next_available), ..ring.run }, ring.events));
+                moved.insert(index, (RingRun { next_available: Some(stop.next_available), ..ring.run }, ring.events));
             }
         }
         self.features = order.features;
+        if log.is_some() {
+            self.log = log;
+        }
+        if let Some(inflight) = inflight {
+            self.inflight = Some(inflight);
+        }
         if order.memory.is_some() {
             // The old regions are unmapped first: twice the guest's memory may be more than there are addresses for.
             self.memory = Arc::default();
@@ -246,16 +297,28 @@ impl Worker {
         if run.next_available.is_none() {
             ring.go_on_from_used();
         }
+        let inherited = match self.inflight_slot(index, run.place.size)? {
+            Some(slot) => ring.track(slot).map_err(|source| WorkerError::Ring { index, source })?,
+            None => Vec::new(),
+        };
         let next_available = ring.next_available();
         let copy = |file: &File| file.try_clone().map_err(|source| WorkerError::Start { index, source });
+        let log = self.log.as_ref().filter(|_| device::logs_writes(self.features)).map(|log| QueueLog {
+            log: Arc::clone(log),
+            used: run.used_in_log.map(|address| (address, run.place.used_bytes(event_idx))),
+        });
         let queue = Queue {
             index,
+            log,
             ring,
+            again: inherited.into(),
+            hold: Hold::new(self.hold),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),
             features: self.features,
             counters: Arc::clone(&self.counters),
+            vitals: Arc::clone(&self.vitals),
             kick: copy(&events.kick)?,
             call: events.call.as_ref().map(copy).transpose()?,
             error: events.error.as_ref().map(copy).transpose()?,
@@ -266,12 +329,27 @@ impl Worker {
         Ok(())
     }
 
+    /// Where a ring's account is kept.
+    fn inflight_slot(&self, index: u16, size: u16) -> Result<Option<SharedArea>, WorkerError> {
+        let Some((shape, memory)) = &self.inflight else { return Ok(None) };
+        let (at, len) = shape.slot(index, size)?;
+        // The shape was checked against the memory's length.
+        Ok(memory.area(at, len, 8))
+    }
+
     fn close(&mut self) -> Result<(), WorkerError> {
         for (index, ring) in std::mem::take(&mut self.rings) {
             ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
         }
         self.volume.close().map_err(WorkerError::Close)
     }
+}
+
+/// Maps an inflight region as memory that others change too, with its slots at their offsets.
+fn map_inflight(shape: &RegionShape, file: File) -> Result<Arc<GuestMemory>, WorkerError> {
+    shape.check()?;
+    let place = RegionPlace { guest_address: 0, user_address: 0, bytes: shape.bytes, file_offset: shape.offset };
+    GuestMemory::map(vec![(place, file)]).map(Arc::new).map_err(WorkerError::MapInflight)
 }
 
 impl Opened {
@@ -281,9 +359,4 @@ impl Opened {
         debug_assert!(ClusterSize::from_bytes(cluster_bytes).is_some());
         Description { bytes, read_only, cluster_bytes, queues, serial }
     }
-}
-
-/// A serial number that no other volume has: as much of the UUID as fits.
-fn serial_of_uuid(uuid: [u8; 16]) -> String {
-    uuid[..7].iter().fold("pando-".to_owned(), |text, byte| format!("{text}{byte:02x}"))
 }

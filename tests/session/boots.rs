@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use pando::vhost_user::control::{Command, Event, Serve};
+use pando::vhost_user::control::{Command, Event, Reply, Serve};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, vhost_user::Frontend};
@@ -333,8 +333,9 @@ fn growth_of_an_ephemeral_volume_keeps_what_was_written() {
     let mut machine = Machine::connect(&managed);
     machine.start(KERNEL);
     machine.client.queues[0].write(1, &[7; SECTOR]);
-    managed.watcher.refused(&Command::Grow { bytes: 2 << 20 }, &[], "ephemeral");
+    assert!(matches!(managed.watcher.ask(&Command::Grow { bytes: 2 << 20 }, &[]).0, Reply::Done));
     assert_eq!(machine.sector(), [7; SECTOR], "a completed write is gone");
+    assert_eq!(machine.client.capacity(), (2 << 20) / SECTOR as u64);
 }
 
 #[test]

@@ -31,6 +31,7 @@ pub const BLK_DISCARD: u64 = 1 << 13;
 pub const BLK_WRITE_ZEROES: u64 = 1 << 14;
 pub const SIZE_MAX: u64 = 1 << 1;
 pub const SEG_MAX: u64 = 1 << 2;
+pub const LOG_ALL: u64 = 1 << 26;
 pub const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// A step of a ring's set-up.
@@ -158,7 +159,8 @@ impl Client {
     pub fn negotiate(stream: UnixStream, profile: &Profile, guest: impl Into<Arc<Guest>>) -> Client {
         let mut front_end = Frontend::from_stream(stream, profile.queues as u64);
         let offered = front_end.get_features().expect("GET_FEATURES");
-        let features = offered & profile.features;
+        // Logging is the front end's to ask for, when its guest moves.
+        let features = offered & profile.features & !LOG_ALL;
         front_end.set_owner().expect("SET_OWNER");
         if offered & PROTOCOL_FEATURES != 0 && !profile.protocol.is_empty() {
             let protocol = front_end.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
@@ -207,7 +209,13 @@ impl Client {
     /// One step of a ring's set-up.
     #[track_caller]
     pub fn step(&mut self, index: usize, step: Step, base: u16) {
-        let (front_end, ring) = (&self.front_end, &self.queues[index].ring);
+        self.step_of(&self.queues[index].ring, index, step, base);
+    }
+
+    /// One step of the set-up of a ring that is elsewhere.
+    #[track_caller]
+    pub fn step_of(&self, ring: &Ring, index: usize, step: Step, base: u16) {
+        let front_end = &self.front_end;
         let result = match step {
             Step::Num => front_end.set_vring_num(index, ring.size),
             Step::Base => front_end.set_vring_base(index, base),
@@ -234,7 +242,7 @@ impl Client {
     /// Has another driver start from nothing on the same connection, as a guest's reset does. The rings have been stopped.
     #[track_caller]
     pub fn restart(&mut self, profile: &Profile) {
-        self.features = self.offered & profile.features;
+        self.features = self.offered & profile.features & !LOG_ALL;
         self.front_end.set_features(self.features).expect("SET_FEATURES");
         let has_event_idx = self.features & EVENT_IDX != 0;
         for index in 0..self.queues.len() {

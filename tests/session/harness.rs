@@ -27,7 +27,7 @@ use rustix::process::{Pid, Signal, kill_process};
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a backend may run. What waits for its answers has no limit of its own, and sees the connection end instead.
-const LIFE: Duration = Duration::from_secs(120);
+const LIFE: Duration = Duration::from_secs(300);
 
 /// A sector, as virtio has it.
 pub const SECTOR: usize = 512;
@@ -84,14 +84,9 @@ impl Disk {
         self.open_volume(&copy)
     }
 
-    /// The volume as the backend's death leaves it, or its end.
+    /// The volume as the backend's death or end leaves it, by one of its deltas.
     #[track_caller]
-    pub fn volume(&self) -> Volume {
-        self.open_volume(&self.delta())
-    }
-
-    #[track_caller]
-    fn open_volume(&self, delta: &Path) -> Volume {
+    pub fn open_volume(&self, delta: &Path) -> Volume {
         let (file, header) = open::open_locked(delta).expect("nobody else holds the delta");
         let base = File::open(self.base()).and_then(|base| Base::map(&base)).expect("the image");
         let storage = FileStorage::new(file).expect("a storage");

@@ -137,6 +137,7 @@ pub fn manner() -> Serve {
         log_level: 5,
         name: "vm-1".to_owned(),
         resumed: false,
+        hold_ms: 60_000,
         kernel_from_vmm: false,
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! What the tests talk with: a [`harness::Backend`] is the program on files of its own; a [`guest::Guest`] is memory that
 //! both sides map; a [`ring::Ring`] is a virtqueue from the driver's side; a [`queue::Queue`] puts disk requests on it; a
-//! [`client::Client`] is a whole front end; [`raw::RawFrontEnd`] sends what no front end should.
+//! [`storm::Storm`] is work that never pauses;
+//! a [`client::Client`] is a whole front end; [`raw::RawFrontEnd`] sends what no front end should.
 
 pub mod client;
 pub mod guest;
@@ -11,16 +12,20 @@ mod managed;
 pub mod queue;
 mod raw;
 mod ring;
+mod storm;
 mod target;
 
 #[cfg(debug_assertions)]
 mod attempts;
 mod boots;
+mod deaths;
 mod drain;
 mod driver;
+mod full;
 mod hostile;
 mod lifecycle;
 mod messages;
+mod migration;
 mod reference;
 mod requests;
 pub mod sandbox;

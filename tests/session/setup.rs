@@ -195,6 +195,7 @@ fn features_are_what_the_front_ends_page_says() {
         | client::SEG_MAX
         | client::SIZE_MAX
         | client::BLK_MQ
+        | client::LOG_ALL
         | client::PROTOCOL_FEATURES;
     assert_eq!(client.offered, always | client::BLK_DISCARD | client::BLK_WRITE_ZEROES);
     let protocol = client.front_end.get_protocol_features().expect("GET_PROTOCOL_FEATURES");

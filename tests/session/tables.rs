@@ -146,13 +146,15 @@ enum Part {
     Alone,
     /// The next one, which finds a long log of the last.
     Next,
+    /// For a guest that comes from elsewhere.
+    Incoming,
     /// Managed, and its volume grows.
     Managed,
     /// The worker aborts.
     Aborts,
 }
 
-const PARTS: [Part; 4] = [Part::Alone, Part::Next, Part::Managed, Part::Aborts];
+const PARTS: [Part; 5] = [Part::Alone, Part::Next, Part::Incoming, Part::Managed, Part::Aborts];
 
 /// Plays a part with a line left out of a table: whether a process ended by SIGSYS. Otherwise all has to go well.
 #[track_caller]
@@ -166,7 +168,8 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
             Managed::serve_on(managed::start_command(disk, command), disk, &volume, manner());
         return is_killed_while(&mut backend, without, |backend| grow(backend, watcher));
     }
-    command.args(["--blank", "--delta", text(&delta), "--create", "--size", "16G", "--socket-path", text(&socket)]);
+    command.args(["--blank", "--delta", text(&delta), "--socket-path", text(&socket)]);
+    command.args(if part == Part::Incoming { &["--incoming"][..] } else { &["--create", "--size", "16G"] });
     if part == Part::Aborts {
         command.env("PANDO_ATTEMPT", "worker:abort");
     }
@@ -178,6 +181,9 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
             return if backend.log().text().contains("SIGABRT") { Ok(()) } else { Err(Broken) };
         }
         until_logged(backend, 0, "ready for front ends")?;
+        if part == Part::Incoming {
+            be_served(backend, &mut Client::start(backend, &Profile::qemu()))?;
+        }
         if part == Part::Alone {
             run_out(backend)?;
             for _ in 0..2 {

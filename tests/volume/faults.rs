@@ -1,10 +1,15 @@
 //! Faults: a storage call that fails is an error of its request, and nothing else is lost by it.
 
-use pando::block::{Batch, Error};
+use pando::block::base::Base;
+use pando::block::delta::open::NewDelta;
+use pando::block::delta::{self, Delta, Latch, Lifetime};
+use pando::block::{Batch, Error, Volume};
 use pando::sys::buffers::Readable;
+use pando::sys::shared::{self, SharedNumbers};
+use pando::units::ClusterSize;
 use rand::rngs::StdRng;
 
-use super::disk::{Call, Done, Loss, Plan, Then};
+use super::disk::{Call, Disk, Done, Loss, Plan, Then};
 use super::history::{self, Context, Step, seeded, seeds};
 use super::machine::{Machine, WATCHED};
 
@@ -29,9 +34,9 @@ fn run(machine: &mut Machine, history: &[Step]) {
         match error.downcast_ref::<Error>() {
             Some(Error::Latched { .. }) => assert!(is_latched),
             Some(Error::Io { .. }) => is_latched |= matches!(step, Step::Flush),
-            _ => assert!(matches!(step, Step::Reopen), "{step:?}: {error}"),
+            _ => assert!(matches!(step, Step::Reopen | Step::Kill | Step::HandOver), "{step:?}: {error}"),
         }
-        if matches!(step, Step::Reopen) {
+        if matches!(step, Step::Reopen | Step::Kill | Step::HandOver) {
             *machine = machine.after_process_death();
             is_latched = false;
         }
@@ -147,4 +152,35 @@ fn a_hole_that_cannot_be_punched_is_no_error() {
     assert!(machine.disk.is_reached() && machine.disk.counts().punches == 1);
     machine.check_running().unwrap();
     machine.after_process_death();
+}
+
+/// The next worker of the same backend goes on with the page cache, which has forgotten what it lost.
+#[test]
+fn a_failed_sync_latches_the_next_process_too() {
+    let numbers = shared::create(c"numbers", 4096).unwrap();
+    let latch = || Latch::shared(SharedNumbers::map(&numbers, 2).unwrap(), 1);
+    let header = NewDelta { base: None, virtual_bytes: Some(1 << 20), cluster: ClusterSize::DEFAULT }.header().unwrap();
+    let disk = Disk::default();
+    delta::format(&disk, &header).unwrap();
+    let open = || {
+        let delta = Delta::start(disk.clone(), "disk".to_owned(), header.clone(), Lifetime::Persistent).unwrap();
+        Volume::cow(Base::empty(), delta.latching_in(latch()))
+    };
+    let write = |volume: &Volume<Disk>| {
+        let mut batch = Batch::default();
+        volume.write(0, &[Readable::from_slice(&[1; 512])], &mut batch)?;
+        volume.commit(&mut batch)
+    };
+    let volume = open();
+    write(&volume).unwrap();
+    volume.flush().unwrap();
+    drop(volume);
+    let volume = open();
+    write(&volume).unwrap();
+    disk.plan(Plan { call: Call::Change(0), done: Done::Nothing, then: Then::Fail(EIO) });
+    assert!(matches!(volume.flush(), Err(Error::Io { .. })));
+    drop(volume);
+    let volume = open();
+    let is_latched = |result: Result<(), Error>| matches!(result, Err(Error::Latched { .. }));
+    assert!(is_latched(volume.flush()) && is_latched(write(&volume)) && is_latched(volume.close()));
 }

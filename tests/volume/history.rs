@@ -19,6 +19,10 @@ pub enum Step {
     Flush,
     /// Closes the volume in good order and opens it again.
     Reopen,
+    /// The process dies; its successor carries out again, in order, what had not completed.
+    Kill,
+    /// The process completes what it has and hands over to another, as an upgrade does: nothing is closed or made durable.
+    HandOver,
 }
 
 /// Random steps that stay within `watched`, a commit behind every few.
@@ -38,9 +42,13 @@ pub fn random(rng: &mut StdRng, watched: &[Range<u64>], count: usize) -> Vec<Ste
             });
         }
         steps.push(Step::Commit);
-        match rng.random_range(0..12) {
+        match rng.random_range(0..14) {
             0..4 => steps.push(Step::Flush),
             4 => steps.push(Step::Reopen),
+            5 => steps.push(Step::HandOver),
+            // Ahead of what would have completed, or behind it.
+            6 => steps.insert(steps.len() - 1, Step::Kill),
+            7 => steps.push(Step::Kill),
             _ => {}
         }
     }

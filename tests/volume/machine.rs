@@ -13,11 +13,12 @@ use pando::block::base::Base;
 use pando::block::delta::header::{BaseIdentity, Header, Phase, SESSION_AT, Session};
 use pando::block::delta::layout::{CLUSTERS_PER_GROUP, Layout};
 use pando::block::delta::open::NewDelta;
-use pando::block::delta::{self, Delta, Lifetime};
+use pando::block::delta::{self, Delta, Latch, Lifetime};
 use pando::block::storage::Storage;
 use pando::block::{Batch, Volume};
 use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
+use pando::sys::shared::{self, SharedNumbers};
 use pando::units::{ClusterSize, SECTOR_BYTES};
 use rand::rngs::StdRng;
 
@@ -34,15 +35,26 @@ pub const WATCHED: [Range<u64>; 3] = {
 const BASE_SECTORS: u64 = CLUSTERS_PER_GROUP * 8 + 13;
 const VOLUME_SECTORS: u64 = CLUSTERS_PER_GROUP * 8 + 43;
 
+/// A request that completes with its batch, in sectors.
+#[derive(Clone, Debug)]
+enum Request {
+    Write(Range<u64>),
+    Zeroes { range: Range<u64>, give_back: bool },
+}
+
 pub struct Machine {
     base: Rc<File>,
     header: Header,
     pub disk: Disk,
+    /// What a backend's processes remember of failed syncs.
+    latch: File,
     pub volume: Option<Volume<Disk>>,
     pub expected: Expected,
     batch: Batch,
     /// Writes of the batch, each sector with its stamp.
     in_batch: Vec<(u64, Stamp)>,
+    /// Requests of the batch: what a successor has to carry out again.
+    requests: Vec<(Request, u64)>,
     writes: u64,
 }
 
@@ -68,10 +80,12 @@ impl Machine {
             base,
             header,
             disk,
+            latch: shared::create(c"latch", 8).unwrap(),
             volume: None,
             expected,
             batch: Batch::default(),
             in_batch: Vec::new(),
+            requests: Vec::new(),
             writes: Stamp::BASE,
         }
     }
@@ -82,10 +96,12 @@ impl Machine {
             base: self.base.clone(),
             header: self.header.clone(),
             disk,
+            latch: shared::create(c"latch", 8).unwrap(),
             volume: None,
             expected: self.expected.clone(),
             batch: Batch::default(),
             in_batch: Vec::new(),
+            requests: Vec::new(),
             writes: self.writes,
         }
     }
@@ -122,7 +138,8 @@ impl Machine {
     /// A volume on some disk, over this machine's base.
     pub fn open<S: Storage + Clone>(&self, disk: &S) -> Result<Volume<S>, Box<dyn Error>> {
         let delta = Delta::start(disk.clone(), "disk".to_owned(), self.header.clone(), Lifetime::Persistent)?;
-        Ok(Volume::cow(Base::map(&self.base)?, delta))
+        let latch = Latch::shared(SharedNumbers::map(&self.latch, 1)?, 0);
+        Ok(Volume::cow(Base::map(&self.base)?, delta.latching_in(latch)))
     }
 
     /// Where things lie on the disk.
@@ -141,11 +158,59 @@ impl Machine {
 
     /// Does one step. What it leaves to be expected when it fails is what a failed request may leave: the old or the new.
     pub fn step(&mut self, step: &Step) -> Result<(), Box<dyn Error>> {
-        let volume = self.volume.as_ref().expect("the volume is open");
         self.writes += 1;
         match step {
-            Step::Write(range) => {
-                let stamps: Vec<_> = range.clone().map(|sector| (sector, Stamp::new(self.writes, sector))).collect();
+            Step::Write(range) => self.request(Request::Write(range.clone()), self.writes)?,
+            Step::Zeroes { range, give_back } => {
+                self.request(Request::Zeroes { range: range.clone(), give_back: *give_back }, self.writes)?;
+            }
+            Step::Discard(range) => {
+                let whole = whole_clusters(range);
+                whole.clone().for_each(|sector| self.expected.begin(sector, Stamp::ZERO));
+                self.volume().discard(range.start * SECTOR_BYTES, (range.end - range.start) * SECTOR_BYTES)?;
+                whole.for_each(|sector| self.expected.complete(sector, Stamp::ZERO));
+            }
+            Step::Commit => {
+                let in_batch = std::mem::take(&mut self.in_batch);
+                self.requests.clear();
+                self.volume.as_ref().expect("the volume is open").commit(&mut self.batch)?;
+                in_batch.into_iter().for_each(|(sector, stamp)| self.expected.complete(sector, stamp));
+            }
+            Step::Flush => {
+                self.volume().flush()?;
+                self.expected.flushed();
+            }
+            Step::Reopen => {
+                self.volume().close()?;
+                self.expected.flushed();
+                assert!(self.disk.is_synced(), "a closed delta is durable");
+                self.start()?;
+                self.check_running()?;
+            }
+            Step::Kill => {
+                self.batch = Batch::default();
+                self.in_batch.clear();
+                self.start()?;
+                for (request, number) in std::mem::take(&mut self.requests) {
+                    self.request(request, number)?;
+                }
+            }
+            Step::HandOver => {
+                self.step(&Step::Commit)?;
+                self.start()?;
+                self.check_running()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries out a request whose writes have this number.
+    fn request(&mut self, request: Request, number: u64) -> Result<(), Box<dyn Error>> {
+        self.requests.push((request.clone(), number));
+        let volume = self.volume.as_ref().expect("the volume is open");
+        match request {
+            Request::Write(range) => {
+                let stamps: Vec<_> = range.clone().map(|sector| (sector, Stamp::new(number, sector))).collect();
                 stamps.iter().for_each(|(sector, stamp)| self.expected.begin(*sector, *stamp));
                 let bytes: Vec<u8> = stamps.iter().flat_map(|(_, stamp)| stamp.bytes()).collect();
                 // In several buffers, none of them of whole sectors.
@@ -153,33 +218,11 @@ impl Machine {
                 volume.write(range.start * SECTOR_BYTES, &pieces, &mut self.batch)?;
                 self.in_batch.extend(stamps);
             }
-            Step::Zeroes { range, give_back } => {
+            Request::Zeroes { range, give_back } => {
                 range.clone().for_each(|sector| self.expected.begin(sector, Stamp::ZERO));
                 let (offset, len) = (range.start * SECTOR_BYTES, (range.end - range.start) * SECTOR_BYTES);
-                volume.write_zeroes(offset, len, *give_back, &mut self.batch)?;
-                self.in_batch.extend(range.clone().map(|sector| (sector, Stamp::ZERO)));
-            }
-            Step::Discard(range) => {
-                let whole = whole_clusters(range);
-                whole.clone().for_each(|sector| self.expected.begin(sector, Stamp::ZERO));
-                volume.discard(range.start * SECTOR_BYTES, (range.end - range.start) * SECTOR_BYTES)?;
-                whole.for_each(|sector| self.expected.complete(sector, Stamp::ZERO));
-            }
-            Step::Commit => {
-                let in_batch = std::mem::take(&mut self.in_batch);
-                volume.commit(&mut self.batch)?;
-                in_batch.into_iter().for_each(|(sector, stamp)| self.expected.complete(sector, stamp));
-            }
-            Step::Flush => {
-                volume.flush()?;
-                self.expected.flushed();
-            }
-            Step::Reopen => {
-                volume.close()?;
-                self.expected.flushed();
-                assert!(self.disk.is_synced(), "a closed delta is durable");
-                self.start()?;
-                self.check_running()?;
+                volume.write_zeroes(offset, len, give_back, &mut self.batch)?;
+                self.in_batch.extend(range.map(|sector| (sector, Stamp::ZERO)));
             }
         }
         Ok(())

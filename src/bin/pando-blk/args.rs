@@ -4,10 +4,12 @@ use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use pando::digest::Digest;
 use pando::units::{ByteCount, ClusterSize};
+use pando::vhost_user::attachment::HOLD_DEFAULT;
 use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::ring::RING_SIZE_MAX;
@@ -29,9 +31,13 @@ The volume:
   --create             create the delta if there is none
   --ephemeral[=DIR]    writes go to a file without a name in DIR (/var/tmp), gone when this process ends
   --read-only          writes are refused
+  --incoming           the guest comes from another backend by live migration: the delta is taken over with its first request
   --size SIZE          the volume's size, for a delta to be created: at least the image's, such as 20G
   --cluster-size SIZE  the copy-on-write unit, for a delta to be created: 4K (the default) to 64K
   --base-digest HEX    the image's digest; believed instead of looked up or computed
+  --on-full WHAT       what becomes of a write that finds the delta's file system full: hold (the default) has it wait
+                       for room; error has it fail at once
+  --hold-timeout TIME  how long it waits before it fails, such as 90s or 10m (60s)
 
 The place:
   --socket-path PATH   listen here; a socket that a dead process left is replaced
@@ -43,7 +49,9 @@ What is offered:
   --serial TEXT        the disk's serial number, up to 20 characters (one of its own for each delta)
 
   --log LEVEL          error, warn, info (the default), debug or trace, to standard error
+  --no-inflight        keep no account of requests in flight, to measure what it costs: a crash may then lose some
   --no-sandbox         for debugging: a guest that takes the backend over can do what its user can
+
   --print-capabilities print what QEMU's conventions ask for, as JSON
   --help, --version
 
@@ -75,13 +83,15 @@ pub struct Options {
     pub queues: u16,
     pub ring_size_max: u16,
     pub serial: Option<String>,
+    pub tracks_inflight: bool,
+    pub hold: Duration,
     pub log_level: log::LevelFilter,
     pub sandbox: bool,
 }
 
 /// Where writes go.
 pub enum Volume {
-    Delta { path: PathBuf, create: bool, size: Option<u64>, cluster: Option<ClusterSize> },
+    Delta { path: PathBuf, create: bool, incoming: bool, size: Option<u64>, cluster: Option<ClusterSize> },
     Ephemeral { directory: PathBuf, size: Option<u64>, cluster: Option<ClusterSize> },
     ReadOnly,
 }
@@ -102,6 +112,13 @@ impl fmt::Display for Place {
     }
 }
 
+/// What becomes of a write that there is no room for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnFull {
+    Hold,
+    Error,
+}
+
 /// What was typed.
 #[derive(Default)]
 struct Typed {
@@ -118,6 +135,10 @@ struct Typed {
     queues: Option<u16>,
     ring_size_max: Option<u16>,
     serial: Option<String>,
+    incoming: bool,
+    no_inflight: bool,
+    on_full: Option<OnFull>,
+    hold_timeout: Option<Duration>,
     log_level: Option<log::LevelFilter>,
     no_sandbox: bool,
 }
@@ -155,6 +176,20 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
                 let directory = parser.optional_value().unwrap_or_else(|| "/var/tmp".into());
                 once(&mut typed.ephemeral, "--ephemeral", directory.into())?;
             }
+            Long("on-full") => {
+                let what = match value::<String>(&mut parser, "--on-full")?.as_str() {
+                    "hold" => OnFull::Hold,
+                    "error" => OnFull::Error,
+                    other => bail!("--on-full {other}: expected hold or error"),
+                };
+                once(&mut typed.on_full, "--on-full", what)?;
+            }
+            Long("hold-timeout") => {
+                let time: humantime::Duration = value(&mut parser, "--hold-timeout")?;
+                once(&mut typed.hold_timeout, "--hold-timeout", time.into())?;
+            }
+            Long("incoming") => typed.incoming = true,
+            Long("no-inflight") => typed.no_inflight = true,
             Long("read-only") => typed.read_only = true,
             Long("size") => once(&mut typed.size, "--size", value::<ByteCount>(&mut parser, "--size")?.0)?,
             Long("cluster-size") => {
@@ -210,9 +245,13 @@ impl Typed {
             "--cluster-size is for a delta to be created: add --create, or leave it out"
         );
         let volume = match (self.delta, self.ephemeral, self.read_only) {
-            (Some(path), None, false) => {
-                Volume::Delta { path, create: self.create, size: self.size, cluster: self.cluster }
-            }
+            (Some(path), None, false) => Volume::Delta {
+                path,
+                create: self.create,
+                incoming: self.incoming,
+                size: self.size,
+                cluster: self.cluster,
+            },
             (None, Some(directory), false) => {
                 ensure!(self.size.is_some() || !self.blank, "--blank with --ephemeral needs a --size");
                 Volume::Ephemeral { directory, size: self.size, cluster: self.cluster }
@@ -227,10 +266,17 @@ impl Typed {
             ),
             _ => bail!("expected only one of --delta, --ephemeral and --read-only"),
         };
+        ensure!(!self.incoming || !self.create, "--incoming takes over a delta that exists: leave --create out");
         if let Volume::Ephemeral { .. } | Volume::ReadOnly = volume {
+            ensure!(!self.incoming, "--incoming goes with --delta: other volumes are anybody's at any time");
             ensure!(!self.create, "--create goes with --delta");
         }
         let place = self.place.context("no socket: expected --socket-path PATH or --fd N")?;
+        let hold = match (self.on_full, self.hold_timeout) {
+            (Some(OnFull::Error), None) => Duration::ZERO,
+            (Some(OnFull::Error), Some(_)) => bail!("--hold-timeout is for --on-full hold: leave one of them out"),
+            (_, timeout) => timeout.unwrap_or(HOLD_DEFAULT),
+        };
         let queues = self.queues.unwrap_or(16);
         // Each ring that runs costs a thread and some descriptors.
         ensure!((1..=256).contains(&queues), "--queues {queues}: expected 1 to 256");
@@ -256,6 +302,8 @@ impl Typed {
             queues,
             ring_size_max,
             serial: self.serial,
+            tracks_inflight: !self.no_inflight,
+            hold,
             log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
             sandbox: !self.no_sandbox,
         })

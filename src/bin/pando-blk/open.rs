@@ -71,10 +71,10 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
                 ephemeral: true,
             })
         }
-        Volume::Delta { path, create, size, cluster } => {
+        Volume::Delta { path, create, incoming, size, cluster } => {
             let base = base.as_ref().map(|base| base.identity(options.base_digest)).transpose()?;
             let new = NewDelta { base, virtual_bytes: *size, cluster: cluster.unwrap_or(ClusterSize::DEFAULT) };
-            Some(open_delta(path, *create, &new)?)
+            Some(open_delta(path, *create, *incoming, &new)?)
         }
     };
     // Last: whoever sees the socket may connect to it.
@@ -88,7 +88,13 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
     let attachment = Attachment {
         part: Part { tag: String::new(), base: base.map(|base| base.file), delta, serial },
         endpoint,
-        offer: Offer { queues: options.queues, ring_size_max: options.ring_size_max },
+        offer: Offer {
+            queues: options.queues,
+            ring_size_max: options.ring_size_max,
+            tracks_inflight: options.tracks_inflight,
+            hold: options.hold,
+            incoming: matches!(options.volume, Volume::Delta { incoming: true, .. }),
+        },
         counters: counters::create().context("cannot make a page for the counters")?,
         name: options.place.to_string(),
         resumed: false,
@@ -154,14 +160,14 @@ impl OpenBase {
     }
 }
 
-fn open_delta(path: &Path, create: bool, new: &NewDelta) -> anyhow::Result<AttachedDelta> {
+fn open_delta(path: &Path, create: bool, incoming: bool, new: &NewDelta) -> anyhow::Result<AttachedDelta> {
     let exists = path.try_exists().with_context(|| format!("cannot look for {}", path.display()))?;
     if !exists {
         ensure!(create, "{} does not exist: add --create to create it", path.display());
         open::create(path, new)?;
         log::info!("created {}", path.display());
     }
-    let (file, header) = open::open_locked(path)?;
+    let (file, header) = if incoming { open::open_unlocked(path)? } else { open::open_locked(path)? };
     let label = path.display().to_string();
     open::check_matches(&header, &label, new.base, new.virtual_bytes)?;
     open::check_length(&file, &header, &label)?;

@@ -91,6 +91,16 @@ pub enum LoadError {
 /// Bytes of a map sector.
 pub type MapSector = [u8; DISK_SECTOR_BYTES as usize];
 
+/// A sector that differs from the one on disk.
+pub struct MapWrite {
+    group: u64,
+    index: usize,
+    /// Where it lies in the file.
+    pub offset: u64,
+    /// What is to be there.
+    pub sector: MapSector,
+}
+
 /// All states of a delta.
 pub struct Map {
     layout: Layout,
@@ -180,7 +190,11 @@ impl Map {
     fn mark_dirty(&self, cluster: u64) {
         let group = cluster / CLUSTERS_PER_GROUP;
         let sector = (cluster % CLUSTERS_PER_GROUP) / (WORDS_PER_MAP_SECTOR as u64 * CLUSTERS_PER_WORD);
-        let bit = 1u8 << sector;
+        self.mark_sector_dirty(group, sector as usize);
+    }
+
+    fn mark_sector_dirty(&self, group: u64, index: usize) {
+        let bit = 1u8 << index;
         // The bit and the list change together: whoever finds the bit set may rely on the next flush to find the group.
         let mut dirty_groups = self.dirty_groups.lock().expect("no holder of this lock panics");
         // A read-modify-write even when the bit is set already: it is what orders the new state ahead of the copy that a
@@ -196,8 +210,8 @@ impl Map {
     }
 
     /// Takes a copy of every sector that differs from the one on disk, with its offset in the file. They count as
-    /// written from now on: should writing them fail, the map must not be used any more.
-    pub fn take_dirty(&self) -> Vec<(u64, MapSector)> {
+    /// written from now on: should writing them fail, they are to be given back, or the map must not be used any more.
+    pub fn take_dirty(&self) -> Vec<MapWrite> {
         let groups = std::mem::take(&mut *self.dirty_groups.lock().expect("no holder of this lock panics"));
         let mut sectors = Vec::with_capacity(groups.len());
         for group in groups {
@@ -205,10 +219,15 @@ impl Map {
             let bits = self.dirty[group as usize].swap(0, Ordering::AcqRel);
             for index in (0..MAP_SECTORS_PER_GROUP).filter(|index| bits & (1 << index) != 0) {
                 let offset = self.layout.map_block(group) + index as u64 * DISK_SECTOR_BYTES;
-                sectors.push((offset, self.encode_sector(group, index)));
+                sectors.push(MapWrite { group, index, offset, sector: self.encode_sector(group, index) });
             }
         }
         sectors
+    }
+
+    /// Counts sectors as not written after all.
+    pub fn give_back(&self, sectors: &[MapWrite]) {
+        sectors.iter().for_each(|MapWrite { group, index, .. }| self.mark_sector_dirty(*group, *index));
     }
 
     fn encode_sector(&self, group: u64, index: usize) -> MapSector {

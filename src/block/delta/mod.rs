@@ -17,6 +17,7 @@ pub mod check;
 pub mod extents;
 pub mod grow;
 pub mod header;
+mod latch;
 pub mod layout;
 mod map;
 mod marks;
@@ -31,12 +32,14 @@ use crate::sys::buffers::{Readable, Writable};
 use crate::sys::process;
 
 use super::Error;
+use super::error::is_full;
 use super::storage::Storage;
 use header::{HEADER_AT, Header, HeaderFault, Phase, SESSION_AT, Session};
 use layout::{CLUSTERS_PER_STRETCH, Layout};
-use map::{LoadError, Map};
+use map::{LoadError, Map, MapWrite};
 use marks::{AppendError, Mark, MarkLog};
 
+pub use latch::Latch;
 pub use map::{MapFault, State};
 pub use open::OpenError;
 
@@ -45,7 +48,8 @@ pub use open::OpenError;
 pub enum Lifetime {
     /// The file stays, with every promise above.
     Persistent,
-    /// The file has no name and goes with the process: nothing is logged and a flush costs nothing.
+    /// The file has no name and goes with the last process that has it open: what was written survives the death of one of them, and a
+    /// flush costs nothing.
     Ephemeral,
 }
 
@@ -62,8 +66,7 @@ pub struct Delta<S> {
     flush: Mutex<FlushState>,
     /// Whether data was written since the last sync.
     written: AtomicBool,
-    /// Whether a sync has failed.
-    failed: AtomicBool,
+    latch: Latch,
     session: Session,
 }
 
@@ -142,17 +145,25 @@ impl<S: Storage> Delta<S> {
             flush: Mutex::new(FlushState { other_half_free }),
             // What a dead session wrote may not be durable yet.
             written: AtomicBool::new(died),
-            failed: AtomicBool::new(false),
+            latch: Latch::default(),
             session,
             storage,
             label,
             header,
             lifetime,
         };
-        if lifetime == Lifetime::Persistent && !died {
+        if !died {
             delta.write_session(Phase::Open).map_err(OpenError::from)?;
         }
         Ok(delta)
+    }
+
+    /// Has a failed sync remembered in `latch`, which may know of one already.
+    pub fn latching_in(self, latch: Latch) -> Delta<S> {
+        if latch.is_closed() {
+            log::error!("{}: an earlier sync failed, so no write or flush will report success", self.label);
+        }
+        Delta { latch, ..self }
     }
 
     /// Cluster size and size of the volume.
@@ -202,7 +213,6 @@ impl<S: Storage> Delta<S> {
             State::Delta => {}
             // Another batch has marked it and may not have logged that yet: this batch's write depends on it too.
             State::Fresh => marks.push(cluster),
-            State::Base | State::Zero if self.lifetime == Lifetime::Ephemeral => self.map.set(cluster, State::Delta),
             State::Base | State::Zero => {
                 self.map.set(cluster, State::Fresh);
                 marks.push(cluster);
@@ -289,17 +299,15 @@ impl<S: Storage> Delta<S> {
         let clusters = mark.first..mark.first + mark.count;
         loop {
             let mut log = self.log.lock().expect("no holder of this lock panics");
-            if self.lifetime == Lifetime::Persistent {
-                match log.append(&[mark], &self.storage) {
-                    Ok(()) => {}
-                    Err(AppendError::Full) => {
-                        drop(log);
-                        self.flush_and_turn()?;
-                        continue;
-                    }
-                    Err(AppendError::Io { offset, source }) => {
-                        return Err(self.io_error("write the mark log of", offset, source));
-                    }
+            match log.append(&[mark], &self.storage) {
+                Ok(()) => {}
+                Err(AppendError::Full) => {
+                    drop(log);
+                    self.flush_and_turn()?;
+                    continue;
+                }
+                Err(AppendError::Io { offset, source }) => {
+                    return Err(self.io_error("write the mark log of", offset, source));
                 }
             }
             clusters.for_each(|cluster| self.map.set(cluster, State::Zero));
@@ -346,13 +354,21 @@ impl<S: Storage> Delta<S> {
         // Copied ahead of the sync, so that what these sectors speak of is durable when they are written.
         let sectors = self.map.take_dirty();
         self.written.store(false, Ordering::Release);
-        self.latching("sync", 0, self.storage.sync())?;
+        self.sync()?;
         if !sectors.is_empty() {
-            for (offset, sector) in &sectors {
+            for MapWrite { offset, sector, .. } in &sectors {
                 let written = self.storage.write_at(&[Readable::from_slice(sector)], *offset);
-                self.latching("write the cluster map of", *offset, written)?;
+                match written {
+                    Err(source) if is_full(&source) => {
+                        // Nothing is lost: the log still has these marks, and the next flush writes them all.
+                        self.map.give_back(&sectors);
+                        self.written.store(true, Ordering::Release);
+                        return Err(self.io_error("write the cluster map of", *offset, source));
+                    }
+                    written => self.latching("write the cluster map of", *offset, written)?,
+                }
             }
-            self.latching("sync", 0, self.storage.sync())?;
+            self.sync()?;
         }
         state.other_half_free = true;
         Ok(())
@@ -369,7 +385,14 @@ impl<S: Storage> Delta<S> {
         if let Err(error) = self.storage.punch_hole(layout::LOG_START, 2 * layout::LOG_HALF_BYTES) {
             log::debug!("{}: the space of its mark log is not given back: {error}", self.label);
         }
-        self.latching("sync", 0, self.storage.sync())
+        self.sync()
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        match self.lifetime {
+            Lifetime::Persistent => self.latching("sync", 0, self.storage.sync()),
+            Lifetime::Ephemeral => Ok(()),
+        }
     }
 
     fn write_session(&self, phase: Phase) -> Result<(), Error> {
@@ -384,13 +407,13 @@ impl<S: Storage> Delta<S> {
     }
 
     fn check_latch(&self) -> Result<(), Error> {
-        if self.failed.load(Ordering::Acquire) { Err(Error::Latched { file: self.label.clone() }) } else { Ok(()) }
+        if self.latch.is_closed() { Err(Error::Latched { file: self.label.clone() }) } else { Ok(()) }
     }
 
     /// Latches when `result` is an error.
     fn latching(&self, action: &'static str, offset: u64, result: std::io::Result<()>) -> Result<(), Error> {
         result.map_err(|source| {
-            self.failed.store(true, Ordering::Release);
+            self.latch.close();
             log::error!(
                 "{}: cannot {action} it, so no further write or flush will report success: {source}",
                 self.label

@@ -236,6 +236,29 @@ pub fn open_locked(path: &Path) -> Result<(File, Header), OpenError> {
     Ok((file, header))
 }
 
+/// Opens the delta file at `path` for writing, and leaves its lock to whoever has it until [`lock`] is called.
+pub fn open_unlocked(path: &Path) -> Result<(File, Header), OpenError> {
+    let label = path.display().to_string();
+    let io = |source| OpenError::Io { action: "open", file: label.clone(), offset: 0, source };
+    let file = options().open(path).map_err(io)?;
+    let header = read_header(&file, &label)?;
+    Ok((file, header))
+}
+
+/// Takes the lock of an open delta, for which another backend may take so long to make room.
+pub fn lock(file: &File, label: &str, patience: Duration) -> Result<(), OpenError> {
+    let ends = Instant::now() + patience;
+    let io = |source| OpenError::Io { action: "lock", file: label.to_owned(), offset: 0, source };
+    while !file::try_lock(file).map_err(io)? {
+        if Instant::now() > ends {
+            let holder = Holder { process: file::lock_holder(file) };
+            return Err(OpenError::Locked { file: label.to_owned(), holder });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// Opens the delta file at `path` to look at it. Nothing is locked and nothing will be changed.
 pub fn open_to_look(path: &Path) -> Result<(File, Header), OpenError> {
     let label = path.display().to_string();

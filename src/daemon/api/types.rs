@@ -169,6 +169,21 @@ pub struct Volume {
     pub created_at: i64,
     /// By whom.
     pub created_by: String,
+    /// What becomes of a write that finds the file system of its delta full.
+    pub on_full: OnFull,
+    /// How many seconds it waits before it fails.
+    pub hold_timeout_s: u64,
+}
+
+/// What becomes of a write that finds the file system of a volume's delta full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// It waits for room.
+    #[default]
+    Hold,
+    /// It fails at once.
+    Error,
 }
 
 /// To create a volume.
@@ -194,6 +209,12 @@ pub struct VolumeRequest {
     /// Bytes of a copy-on-write cluster, 4096 (the default) to 65536.
     #[serde(default)]
     pub cluster_bytes: Option<u64>,
+    /// What becomes of a write that finds the file system of its delta full; it waits when left out.
+    #[serde(default)]
+    pub on_full: OnFull,
+    /// How many seconds it waits before it fails, 1 to 86400; 60 when left out.
+    #[serde(default)]
+    pub hold_timeout_s: Option<u64>,
 }
 
 /// To make a volume larger.

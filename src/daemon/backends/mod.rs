@@ -24,6 +24,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::digest::Digest;
 use crate::sys::socket::{PacketListener, PacketSocket};
+use crate::units::ByteCount;
 use crate::vhost_user::control::{Command, Event, Reply, Report, Serve, VolumeSpec};
 use crate::vhost_user::counters::{self, Reader, Snapshot};
 use crate::vhost_user::device::serial_from;
@@ -82,6 +83,8 @@ pub enum Notice {
     Connected { attachment: i64, connected: bool, detail: String },
     /// The worker died, and the keeper has another.
     WorkerDied { attachment: i64, status: String },
+    /// Something else has happened that an operator wants to know of.
+    Incident { attachment: i64, kind: &'static str, detail: String },
 }
 
 /// What a backend is to serve, open.
@@ -112,6 +115,8 @@ pub struct Launch {
     pub part: Part,
     /// How many rings to offer.
     pub queues: u16,
+    /// How long a write waits while the file system of the delta is full, in milliseconds; 0: not at all.
+    pub hold_ms: u64,
     /// Whether a guest may be running from it.
     pub resumed: bool,
     /// Whether the VMM loads the guest's kernel.
@@ -233,6 +238,7 @@ impl Backends {
             log_level: log::max_level() as u8,
             name: launch.name.clone(),
             resumed: launch.resumed,
+            hold_ms: launch.hold_ms,
             kernel_from_vmm: launch.kernel_from_vmm,
         });
         let mut descriptors = vec![listener.as_fd(), controllers.as_fd(), counters.as_fd()];
@@ -261,6 +267,31 @@ impl Backends {
                     Notice::Connected { attachment, connected: false, detail: reason }
                 }
                 Some(Event::WorkerDied { status }) => Notice::WorkerDied { attachment, status },
+                Some(Event::WorkerHeld { seconds }) => {
+                    let detail = format!(
+                        "too many died one after another; the next is tried after {seconds} s, or when told to"
+                    );
+                    Notice::Incident { attachment, kind: "worker.held", detail }
+                }
+                Some(Event::Full { held }) => {
+                    let detail = format!("{held} requests wait for room in the delta's file system");
+                    Notice::Incident { attachment, kind: "volume.full", detail }
+                }
+                Some(Event::SpaceBack) => {
+                    Notice::Incident { attachment, kind: "volume.space-back", detail: "no request waits".to_owned() }
+                }
+                Some(Event::LowSpace { bytes }) => {
+                    let detail = format!("the delta's file system has {} left", ByteCount(bytes));
+                    Notice::Incident { attachment, kind: "volume.low-space", detail }
+                }
+                Some(Event::WorkerResumed) => {
+                    Notice::Incident { attachment, kind: "worker.resumed", detail: String::new() }
+                }
+                Some(Event::Latched { file }) => {
+                    let detail =
+                        format!("a sync of {file} failed: writes and flushes are refused until it is attached anew");
+                    Notice::Incident { attachment, kind: "volume.latched", detail }
+                }
             };
             // Nobody listens any more when the daemon ends.
             let _ = notices.send(notice);

@@ -36,6 +36,8 @@ pub struct VolumeRow {
     /// Size as a guest sees it; none: the image's own.
     pub bytes: Option<u64>,
     pub cluster_bytes: u64,
+    /// How long a write waits while the file system of its delta is full, in milliseconds; 0: it fails at once.
+    pub hold_ms: u64,
     pub state: VolumeState,
     pub created_at: i64,
     pub created_by: String,
@@ -55,6 +57,7 @@ impl VolumeRow {
             state: row.get("state")?,
             created_at: row.get("created_at")?,
             created_by: row.get("created_by")?,
+            hold_ms: row.get("hold_ms")?,
         })
     }
 
@@ -137,7 +140,7 @@ impl Facts<'_> {
     /// Notes a volume that is about to be there.
     pub fn insert_volume(&self, volume: &VolumeRow) -> Result<(), CatalogError> {
         self.execute(
-            "INSERT INTO volume VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            "INSERT INTO volume VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
             rusqlite::params![
                 volume.name,
                 volume.kind,
@@ -149,7 +152,8 @@ impl Facts<'_> {
                 volume.cluster_bytes,
                 volume.state,
                 now(),
-                volume.created_by
+                volume.created_by,
+                volume.hold_ms
             ],
         )?;
         Ok(())
