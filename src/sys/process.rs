@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::os::unix::thread::JoinHandleExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
@@ -43,6 +43,75 @@ pub fn runs_as(uid: u32) -> bool {
     // wrong does not say that there are none.
     let found = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_USER, uid) };
     found >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+}
+
+/// Starts the program that is open as `program`, as [`execute_self`] does.
+pub fn execute_program(
+    program: BorrowedFd<'_>,
+    name: &str,
+    arguments: &[&str],
+    standard_input: OwnedFd,
+) -> io::Result<Child> {
+    Command::new(path_of(program)).arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()
+}
+
+/// Has this process execute the program that is open as `program` in place of this one. Returns only when that fails.
+///
+/// Signals that are held back are not any more in the new program.
+pub fn become_program(program: BorrowedFd<'_>, name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Error {
+    Command::new(path_of(program)).arg0(name).args(arguments).stdin(Stdio::from(standard_input)).exec()
+}
+
+fn path_of(descriptor: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", descriptor.as_raw_fd())
+}
+
+/// Has a program that is executed in place of this one get descriptor `number`, or not.
+pub fn keep_on_exec(number: RawFd, keep: bool) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    match unsafe { libc::fcntl(number, libc::F_SETFD, if keep { 0 } else { libc::FD_CLOEXEC }) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A child of this process, whichever program it was started by.
+pub struct Running {
+    process: u32,
+}
+
+impl Running {
+    /// The child with this number, which nobody else waits for.
+    pub fn from_number(process: u32) -> Running {
+        Running { process }
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u32 {
+        self.process
+    }
+
+    /// Ends it at once.
+    pub fn kill(&self) {
+        // SAFETY: takes no pointers. Nobody else has this number before `wait` has returned; it fails for nobody then.
+        unsafe { libc::kill(self.process.cast_signed(), libc::SIGKILL) };
+    }
+
+    /// Waits for its end.
+    pub fn wait(self) -> io::Result<ExitStatus> {
+        let mut status = 0;
+        loop {
+            // SAFETY: `status` is ours.
+            let found = unsafe { libc::waitpid(self.process.cast_signed(), &raw mut status, 0) };
+            if found == self.process.cast_signed() {
+                return Ok(ExitStatus::from_raw(status));
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
 }
 
 /// Sets the name that `ps` and `top` show for this process; what is longer than 15 bytes is cut off.

@@ -25,6 +25,30 @@ pub fn create(name: &std::ffi::CStr, bytes: u64) -> io::Result<File> {
     }
 }
 
+/// A copy of a program in memory, which nobody can change and which can be executed.
+pub fn copy_of_program(program: &File) -> io::Result<File> {
+    /// To be executed, which a kernel may have to be told (since 6.3).
+    const MFD_EXEC: libc::c_uint = 0x10;
+    let create = |flags| {
+        // SAFETY: a string that ends.
+        let descriptor =
+            unsafe { libc::memfd_create(c"pando-blk".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call succeeded, so it is an open descriptor that nobody else owns.
+        Ok(unsafe { File::from_raw_fd(descriptor) })
+    };
+    let mut copy = create(MFD_EXEC).or_else(|_| create(0))?;
+    io::copy(&mut &*program, &mut copy)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL;
+    // SAFETY: takes no pointers.
+    match unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(copy),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Numbers that others may read and write at any time. Zero until somebody writes them, and without memory until then.
 pub struct SharedNumbers {
     start: *mut AtomicU64,

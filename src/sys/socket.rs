@@ -215,6 +215,15 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(descriptor)
 }
 
+/// Puts another socket in the place of this one, under the same descriptor.
+pub fn replace(descriptor: RawFd, other: &impl AsFd) -> io::Result<()> {
+    // SAFETY: takes no pointers. What owns the number goes on owning what is open there.
+    if unsafe { libc::dup2(other.as_fd().as_raw_fd(), descriptor) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    super::process::keep_on_exec(descriptor, false)
+}
+
 /// What kind of socket a descriptor is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SocketKind {

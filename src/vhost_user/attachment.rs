@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use super::device::SERIAL_BYTES;
+use super::handover::{DeltaState, HandoverError, Keeping, PartState};
 
 /// What to serve, and where.
 pub struct Attachment {
@@ -44,6 +45,34 @@ impl Part {
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let base = self.base.as_ref().map(AsFd::as_fd);
         base.into_iter().chain(self.delta.as_ref().map(|delta| delta.file.as_fd()))
+    }
+}
+
+impl Part {
+    /// What another program needs to know of it.
+    pub fn freeze(&self, keeping: &mut Keeping) -> PartState {
+        PartState {
+            tag: self.tag.clone(),
+            base: self.base.as_ref().map(|base| keeping.keep(base)),
+            delta: self.delta.as_ref().map(|delta| DeltaState {
+                file: keeping.keep(&delta.file),
+                label: delta.label.clone(),
+                ephemeral: delta.ephemeral,
+            }),
+            serial: self.serial,
+        }
+    }
+
+    /// The same in that program.
+    pub fn thaw(state: PartState) -> Result<Part, HandoverError> {
+        let delta = match state.delta {
+            Some(DeltaState { file, label, ephemeral }) => {
+                Some(AttachedDelta { file: file.take()?.into(), label, ephemeral })
+            }
+            None => None,
+        };
+        let base = state.base.map(|base| base.take().map(File::from)).transpose()?;
+        Ok(Part { tag: state.tag, base, delta, serial: state.serial })
     }
 }
 

@@ -23,7 +23,7 @@
 use virtio_bindings::{virtio_blk, virtio_ring};
 
 /// Who drives the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Driver {
     /// Firmware or a boot loader.
     Firmware,
@@ -75,7 +75,7 @@ pub struct Start {
 }
 
 /// What has been seen of a volume's guest so far.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct History {
     /// Where each ring stopped last.
     stopped: Vec<Option<u16>>,

@@ -34,6 +34,8 @@ pub enum Command {
     Resume,
     /// Make the volume larger, now, and tell the guest.
     Grow { bytes: u64 },
+    /// Execute another program in place of this one, and have its workers serve. Descriptor: the program. Answered by whichever program goes on.
+    Upgrade,
     /// End in good order: everything is durable when this is answered.
     Stop,
 }
@@ -136,6 +138,8 @@ pub struct Report {
     pub connected: bool,
     /// Whether there is no worker, because too many have died.
     pub held: bool,
+    /// The version of the program.
+    pub version: String,
 }
 
 /// The controllers of a keeper: one at a time.
@@ -154,6 +158,11 @@ impl Controllers {
     pub fn new(first: Conversation, listener: PacketListener) -> io::Result<Controllers> {
         first.set_nonblocking(true)?;
         Ok(Controllers { listener: Some(listener), current: Some(first) })
+    }
+
+    /// Those that a program before this one had: where others come from, and the one that talks.
+    pub fn resumed(listener: Option<PacketListener>, current: Option<Conversation>) -> Controllers {
+        Controllers { listener, current }
     }
 
     /// What to wait for.

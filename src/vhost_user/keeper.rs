@@ -3,8 +3,8 @@
 //! One thread, and never busy: it waits for a front end's message, a controller's, a signal to stop, or the worker's end.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -19,6 +19,7 @@ use super::attachment::{Attachment, Endpoint, Offer};
 use super::boot::History;
 use super::control::{self, Command, Controllers, Event, Reply, Said};
 use super::conversation::Conversation;
+use super::handover::{self, HandoverError, Keeping, State};
 use super::sandbox;
 use super::service::{Management, Rest, Service, WorkerError, chain_of};
 use super::session::Session;
@@ -43,6 +44,9 @@ pub enum KeeperError {
     /// It would serve without its sandbox.
     #[error("cannot close the sandbox (--no-sandbox goes without one, for debugging)")]
     Sandbox(#[from] SandboxError),
+    /// The keeper before this one cannot be gone on with.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// The system said no.
     #[error("cannot {action}")]
     System {
@@ -69,7 +73,7 @@ enum End {
 pub fn serve(attachment: Attachment, signals: &StopSignals, ready: impl FnOnce()) -> Result<(), KeeperError> {
     let (service, endpoint) = start(attachment, signals, Controllers::none())?;
     ready();
-    Keeper { service: &service, endpoint }.serve()
+    Keeper { service: &service, endpoint, stream: None }.serve()
 }
 
 /// Serves what descriptor 0 says, until it or a later controller says to stop, or a signal does.
@@ -103,10 +107,85 @@ pub fn serve_managed(signals: &StopSignals) -> Result<(), KeeperError> {
         }
     };
     drop(told);
-    let keeper = Keeper { service: &service, endpoint };
+    let keeper = Keeper { service: &service, endpoint, stream: None };
     keeper.service().report();
     keeper.serve()
 }
+
+/// Goes on as the keeper that executed this program in its place, and whose state is descriptor 0.
+///
+/// To be called first thing in the process.
+pub fn resume(signals: &StopSignals) -> Result<(), KeeperError> {
+    process::set_name(c"pando-keeper");
+    let state = State::receive()?;
+    process::note_boot_id(state.boot);
+    if let Some(level) = log::LevelFilter::iter().nth(state.log_level.into()) {
+        log::set_max_level(level);
+    }
+    let endpoint = match (state.endpoint.take()?, state.endpoint_listens) {
+        (listener, true) => Endpoint::Listening(listener.into()),
+        (stream, false) => Endpoint::Connected(stream.into()),
+    };
+    let signals = copy(signals.as_fd())?;
+    let service = Mutex::new(Service::thaw(state.service, signals, front_ends_of(&endpoint)?)?);
+    let mut keeper = Keeper { service: &service, endpoint, stream: None };
+    let Some(session) = state.session else {
+        let upgraded = keeper.service().prepare_successor();
+        let upgraded = upgraded.and_then(|successor| keeper.service().succeed(successor));
+        keeper.answer_upgrade(upgraded)?;
+        return keeper.serve();
+    };
+    let (session, stream) = Session::thaw(session, &service)?;
+    let agreed = session.agreed();
+    keeper.service().note_connected(true);
+    keeper.answer_upgrade(session.hand_over())?;
+    let session = Arc::new(Mutex::new(session));
+    let handler = resumed_handler(&stream, &session, agreed)?;
+    let end = keeper.converse(stream, handler, session)?;
+    if keeper.conclude(end) { Ok(keeper.service().close()?) } else { keeper.serve() }
+}
+
+/// The protocol's code, for a connection on which another program has agreed on features with the front end.
+///
+/// It remembers them by messages alone, so it is sent those once more, from here.
+fn resumed_handler<'k>(
+    stream: &UnixStream,
+    session: &Arc<Mutex<Session<'k>>>,
+    [features, protocol_features]: [u64; 2],
+) -> Result<Handler<'k>, KeeperError> {
+    const GET_FEATURES: u32 = 1;
+    const SET_FEATURES: u32 = 2;
+    const SET_PROTOCOL_FEATURES: u32 = 16;
+    let system = |source| KeeperError::System { action: "go on with the connection", source };
+    let (mut ours, theirs) = UnixStream::pair().map_err(system)?;
+    let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(session));
+    let messages =
+        [(GET_FEATURES, None), (SET_FEATURES, Some(features)), (SET_PROTOCOL_FEATURES, Some(protocol_features))];
+    for (request, number) in messages.into_iter().filter(|(_, number)| *number != Some(0)) {
+        let body = number.map_or(Vec::new(), |number| number.to_ne_bytes().to_vec());
+        // Version 1, and no answer is asked for.
+        let header = [request, 1, body.len() as u32].map(u32::to_ne_bytes).concat();
+        ours.write_all(&[header, body].concat()).map_err(system)?;
+        handler.handle_request().map_err(|error| system(io::Error::other(error)))?;
+    }
+    // From here on it is the front end's messages that it reads.
+    socket::replace(handler.as_raw_fd(), stream).map_err(system)?;
+    Ok(handler)
+}
+
+fn copy(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, KeeperError> {
+    let system = |source| KeeperError::System { action: "copy a descriptor", source };
+    descriptor.try_clone_to_owned().map_err(system)
+}
+
+fn front_ends_of(endpoint: &Endpoint) -> Result<Option<OwnedFd>, KeeperError> {
+    match endpoint {
+        Endpoint::Listening(listener) => copy(listener.as_fd()).map(Some),
+        Endpoint::Connected(_) => Ok(None),
+    }
+}
+
+type Handler<'k> = BackendReqHandler<Mutex<Session<'k>>>;
 
 fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketListener), KeeperError> {
     let (command, mut descriptors) = controller.receive::<Command>().map_err(WorkerError::from)?;
@@ -142,14 +221,7 @@ fn start(
     controllers: Controllers,
 ) -> Result<(Mutex<Service>, Endpoint), KeeperError> {
     let Attachment { part, endpoint, offer, counters, name, resumed, kernel_from_vmm } = attachment;
-    let copy = |descriptor: BorrowedFd<'_>| {
-        let system = |source| KeeperError::System { action: "copy a descriptor", source };
-        descriptor.try_clone_to_owned().map_err(system)
-    };
-    let front_ends = match &endpoint {
-        Endpoint::Listening(listener) => Some(copy(listener.as_fd())?),
-        Endpoint::Connected(_) => None,
-    };
+    let front_ends = front_ends_of(&endpoint)?;
     let management = Management {
         controllers,
         signals: copy(signals.as_fd())?,
@@ -167,6 +239,8 @@ fn start(
 struct Keeper<'k> {
     service: &'k Mutex<Service>,
     endpoint: Endpoint,
+    /// The connection, while there is one.
+    stream: Option<UnixStream>,
 }
 
 /// What ended a wait.
@@ -197,21 +271,66 @@ impl<'k> Keeper<'k> {
             log::info!("a front end has connected");
             self.service().note_connected(true);
             self.service().tell(Event::Connected);
-            let end = self.serve_connection(stream)?;
-            let reason = match &end {
-                End::Closed => "the front end has closed the connection".to_owned(),
-                End::Stopped => "asked to stop".to_owned(),
-                End::Failed(reason) => format!("the connection is ended: {reason}"),
-            };
-            let level = if matches!(end, End::Failed(_)) { log::Level::Error } else { log::Level::Info };
-            log::log!(level, "{reason}");
-            self.service().note_connected(false);
-            self.service().tell(Event::Disconnected { reason });
-            if matches!(end, End::Stopped) || last {
+            let session = Arc::new(Mutex::new(Session::new(self.service)));
+            let copy =
+                stream.try_clone().map_err(|source| KeeperError::System { action: "use the connection", source })?;
+            let handler = BackendReqHandler::from_stream(copy, Arc::clone(&session));
+            let end = self.converse(stream, handler, session)?;
+            if self.conclude(end) || last {
                 break;
             }
         }
         Ok(self.service().close()?)
+    }
+
+    /// Notes the end of a connection. Whether it is the last one.
+    fn conclude(&mut self, end: End) -> bool {
+        let reason = match &end {
+            End::Closed => "the front end has closed the connection".to_owned(),
+            End::Stopped => "asked to stop".to_owned(),
+            End::Failed(reason) => format!("the connection is ended: {reason}"),
+        };
+        let level = if matches!(end, End::Failed(_)) { log::Level::Error } else { log::Level::Info };
+        log::log!(level, "{reason}");
+        self.service().note_connected(false);
+        self.service().tell(Event::Disconnected { reason });
+        matches!(end, End::Stopped) || matches!(self.endpoint, Endpoint::Connected(_))
+    }
+
+    /// Tells the controller what came of an upgrade. An error that ends the keeper is one of the worker's that nothing can be done about.
+    fn answer_upgrade(&self, upgraded: Result<(), WorkerError>) -> Result<(), KeeperError> {
+        match upgraded {
+            Ok(()) => {
+                log::info!("upgraded to version {}", env!("CARGO_PKG_VERSION"));
+                self.service().answer_upgrade(Ok(()));
+            }
+            Err(error) => self.service().answer_upgrade(Err(&error)),
+        }
+        Ok(())
+    }
+
+    /// Executes another program in place of this one. Returns only when that fails.
+    fn upgrade(&self, program: &OwnedFd, session: Option<&Session<'k>>) -> Result<HandoverError, KeeperError> {
+        let mut keeping = Keeping::default();
+        let boot = process::boot_id().map_err(|source| KeeperError::System { action: "find the boot id", source })?;
+        let (endpoint, endpoint_listens) = match &self.endpoint {
+            Endpoint::Listening(listener) => (keeping.keep(listener), true),
+            Endpoint::Connected(stream) => (keeping.keep(stream), false),
+        };
+        let session = match (session, &self.stream) {
+            (Some(session), Some(stream)) => Some(session.freeze(stream, &mut keeping)),
+            _ => None,
+        };
+        let state = State {
+            sandbox: sandbox::is_closed(),
+            log_level: log::max_level() as u8,
+            boot,
+            endpoint,
+            endpoint_listens,
+            service: self.service().freeze(&mut keeping),
+            session,
+        };
+        Ok(handover::execute(program.as_fd(), &state, &keeping, sandbox::further_arguments()))
     }
 
     /// Waits until something can be read from `other`, or there is something else to do. What controllers say is done meanwhile, and a worker that
@@ -231,6 +350,9 @@ impl<'k> Keeper<'k> {
                 None => self.service().grow(bytes),
             };
             self.service().answer_growth(grown);
+        } else if let Rest::Upgrade { program } = &woken.rest {
+            let error = self.upgrade(program, session().as_deref())?;
+            self.service().answer_upgrade(Err(&error));
         } else if woken.worker_gone && !woken.stop {
             let revived = match session() {
                 Some(session) => session.revive(),
@@ -275,13 +397,17 @@ impl<'k> Keeper<'k> {
         }
     }
 
-    fn serve_connection(&mut self, stream: UnixStream) -> Result<End, KeeperError> {
-        let session = Arc::new(Mutex::new(Session::new(self.service)));
-        let looked_at =
-            stream.try_clone().map_err(|source| KeeperError::System { action: "use the connection", source })?;
-        let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+    /// Answers a front end's messages until there are no more.
+    fn converse(
+        &mut self,
+        stream: UnixStream,
+        mut handler: Handler<'k>,
+        session: Arc<Mutex<Session<'k>>>,
+    ) -> Result<End, KeeperError> {
+        let copy = stream.try_clone().map_err(|source| KeeperError::System { action: "use the connection", source })?;
+        self.stream = Some(copy);
         let end = loop {
-            if let Some(end) = self.wait_for_message(&looked_at, &session)? {
+            if let Some(end) = self.wait_for_message(&stream, &session)? {
                 break end;
             }
             match handler.handle_request() {
@@ -290,6 +416,7 @@ impl<'k> Keeper<'k> {
                 Err(error) => break End::Failed(describe(&error)),
             }
         };
+        self.stream = None;
         match session.lock().expect("no holder of this lock panics").end() {
             Ok(()) => Ok(end),
             // There is no worker, and so no ring that runs.

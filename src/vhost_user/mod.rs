@@ -15,6 +15,7 @@ pub mod control;
 pub mod conversation;
 pub mod counters;
 pub mod device;
+pub mod handover;
 pub mod hold;
 pub mod inflight;
 pub mod keeper;

@@ -23,6 +23,8 @@ pub enum Order {
     /// The first: which volume. Descriptors: the counters, the vitals, what to write to be watched, the base if there is one, the delta if
     /// there is one.
     Open(VolumeOrder),
+    /// Say that you are there. Nothing changes.
+    Hello,
     /// How the guest's side stands now.
     Become(SessionOrder),
     /// Say how far the used rings at these places have come. Nothing changes.

@@ -139,6 +139,8 @@ pub const KEEPER: &[Call] = &[
     Call::any("wait4", libc::SYS_wait4, "its end"),
     Call::with("tgkill SIGUSR1", libc::SYS_tgkill, &[is(2, libc::SIGUSR1)], "it interrupts a thread of its own"),
     Call::with("tgkill SIGABRT", libc::SYS_tgkill, &[is(2, libc::SIGABRT)], "it aborts"),
+    // Another program that goes on in this one's place, in the same sandbox.
+    Call::any("signalfd4", libc::SYS_signalfd4, "holds back the requests to stop"),
     // From the worker's execution to its sandbox. Only what is within reach can be opened, and to be read.
     #[cfg(target_arch = "x86_64")]
     Call::any("access", libc::SYS_access, "whether there are libraries that are to be loaded first"),
@@ -189,6 +191,16 @@ pub fn leave_open() {
 
 fn stays_open() -> bool {
     STAYS_OPEN.load(Ordering::Relaxed)
+}
+
+/// Whether this process is one that has closed its sandbox, or was executed by one.
+pub fn is_closed() -> bool {
+    !stays_open()
+}
+
+/// What to add to the arguments of a program that goes on in place of this one.
+pub fn further_arguments() -> &'static [&'static str] {
+    if stays_open() { &[NO_SANDBOX_ARGUMENT] } else { &[] }
 }
 
 /// The arguments by which a keeper executes its own program as a worker.

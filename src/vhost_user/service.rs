@@ -9,10 +9,12 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crate::block::delta::{grow, open};
+use crate::sys::process::Running;
+use crate::sys::socket::PacketListener;
 use crate::sys::{file, process, socket};
 use crate::units::ByteCount;
 
@@ -21,6 +23,7 @@ use super::boot::{History, Start};
 use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::device::{self, Device, SERIAL_BYTES};
+use super::handover::{HandoverError, Keeping, ServiceState};
 use super::inflight::{self, RegionShape};
 use super::order::{Answer, DeltaOrder, Opened, Order, RingStop, VolumeOrder};
 use super::ring::RingPlace;
@@ -78,7 +81,7 @@ impl WorkerError {
 /// The keeper's side of a worker process.
 struct Worker {
     conversation: Conversation,
-    process: Child,
+    process: Running,
 }
 
 /// How long to wait for another backend to leave a delta whose guest is here by now.
@@ -90,10 +93,25 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 impl Worker {
     /// Starts a worker for a volume.
     fn start(part: &Part, offer: &Offer, counters: &File, watch: &mut Watch) -> Result<(Worker, Opened), WorkerError> {
+        Worker::execute()?.open(part, offer, counters, watch)
+    }
+
+    /// Starts a worker that waits to be told what to serve.
+    fn execute() -> Result<Worker, WorkerError> {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
         let process =
             process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        let mut worker = Worker { conversation, process };
+        Ok(Worker { conversation, process: Running::from_number(process.id()) })
+    }
+
+    /// Has it open a volume.
+    fn open(
+        mut self,
+        part: &Part,
+        offer: &Offer,
+        counters: &File,
+        watch: &mut Watch,
+    ) -> Result<(Worker, Opened), WorkerError> {
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
             has_base: part.base.is_some(),
@@ -111,13 +129,13 @@ impl Worker {
                 .collect::<io::Result<_>>()
                 .map_err(WorkerError::Start)?;
             let descriptors: Vec<BorrowedFd> = files.iter().map(AsFd::as_fd).chain(part.descriptors()).collect();
-            worker.exchange(watch, &Order::Open(order), &descriptors)
+            self.exchange(watch, &Order::Open(order), &descriptors)
         };
         match result {
-            Ok(Answer::Opened(opened)) => Ok((worker, opened)),
+            Ok(Answer::Opened(opened)) => Ok((self, opened)),
             other => {
                 // Whatever it is at: nobody else may open the delta while it lives.
-                let status = worker.end()?;
+                let status = self.end()?;
                 if !status.success() {
                     log::error!("the worker has died at its start ({status}){}", sandbox::remark_on(status));
                 }
@@ -156,33 +174,33 @@ impl Worker {
             let silent = (Instant::now() > ends && !watch.is_busy()).then(|| "it does not answer".to_owned());
             if let Some(reason) = stuck.or(silent) {
                 log::error!("the worker is killed: {reason}");
-                self.kill();
+                self.process.kill();
                 killed = true;
             }
         }
     }
 
-    fn kill(&mut self) {
-        // Fails only for one that has been waited for.
-        let _ = self.process.kill();
-    }
-
     /// Sees that the process is gone, and says how it went.
-    fn end(mut self) -> Result<ExitStatus, WorkerError> {
-        self.kill();
+    fn end(self) -> Result<ExitStatus, WorkerError> {
+        self.process.kill();
         self.process.wait().map_err(WorkerError::Wait)
     }
 
-    /// Has it make everything durable and end.
-    fn close(&mut self, watch: &mut Watch) -> Result<(), WorkerError> {
+    /// Has it make everything durable and end. One that refuses is given back: it goes on.
+    fn close(mut self, watch: &mut Watch) -> Result<(), (WorkerError, Option<Worker>)> {
         let answer = self.exchange(watch, &Order::Close, &[]);
-        if matches!(answer, Ok(_) | Err(WorkerError::Conversation(ConversationError::Gone(_)))) {
-            let status = self.process.wait().map_err(WorkerError::Wait)?;
-            if !status.success() {
-                log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
-            }
+        if let Err(error @ WorkerError::Refused { .. }) = answer {
+            return Err((error, Some(self)));
         }
-        answer.map(drop)
+        // It ends by itself, unless it does not answer.
+        if answer.is_err() {
+            self.process.kill();
+        }
+        let status = self.process.wait().map_err(|error| (WorkerError::Wait(error), None))?;
+        if !status.success() {
+            log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
+        }
+        answer.map(drop).map_err(|error| (error, None))
     }
 }
 
@@ -256,6 +274,8 @@ pub enum Rest {
     Nothing,
     /// The volume is to become this large, and then [`Service::answer_growth`].
     Grow { bytes: u64 },
+    /// This program is to go on, and then [`Service::answer_upgrade`].
+    Upgrade { program: OwnedFd },
 }
 
 /// What serves the volume.
@@ -405,7 +425,7 @@ impl Service {
             && let Some(worker) = &mut self.worker
         {
             log::error!("the worker is killed: ring {ring} is stuck in a batch");
-            worker.kill();
+            worker.process.kill();
         }
         self.tell_latch();
         self.tell_space();
@@ -485,6 +505,10 @@ impl Service {
             // None is held.
             Command::Resume => Reply::Done,
             Command::Grow { bytes } => return Rest::Grow { bytes },
+            Command::Upgrade => match descriptors.take() {
+                Ok(program) => return Rest::Upgrade { program },
+                Err(error) => Reply::Failed(error.to_string()),
+            },
             Command::Stop => {
                 // Answered when all is durable.
                 self.management.stops = true;
@@ -513,6 +537,14 @@ impl Service {
         self.reply(grown.map_or_else(|error| Reply::Failed(chain_of(&error)), |()| Reply::Done));
     }
 
+    /// Answers a controller that asked for an upgrade.
+    pub fn answer_upgrade(&mut self, upgraded: Result<(), &dyn std::error::Error>) {
+        if let Err(error) = upgraded {
+            log::error!("not upgraded: {}", chain_of(error));
+        }
+        self.reply(upgraded.map_or_else(|error| Reply::Failed(chain_of(error)), |()| Reply::Done));
+    }
+
     /// Tells the controller how things stand.
     pub fn report(&mut self) {
         let report = Report {
@@ -523,6 +555,7 @@ impl Service {
             bytes: self.device.description().bytes,
             connected: self.management.connected,
             held: self.is_missing(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let Management { controllers, front_ends, .. } = &mut self.management;
         let Some(front_ends) = front_ends else { return };
@@ -585,9 +618,11 @@ impl Service {
                 return false;
             }
         };
-        if let Some(mut last) = self.worker.replace(worker)
-            && let Err(error) = last.close(&mut self.watch).or_else(|error| last.end().map(drop).and(Err(error)))
+        if let Some(last) = self.worker.replace(worker)
+            && let Err((error, left)) = last.close(&mut self.watch)
         {
+            // Nobody needs it any more.
+            drop(left.map(Worker::end));
             // What it had completed is in the page cache; nobody will read it again.
             log::warn!("the last worker did not end in good order: {}", chain_of(&error));
         }
@@ -615,12 +650,12 @@ impl Service {
     }
 
     /// Sees that a driver that was told of the disk as it is finds one of its kind: it does not ask again.
-    fn check_kind(&mut self, mut worker: Worker, opened: &Opened) -> Result<Worker, WorkerError> {
+    fn check_kind(&mut self, worker: Worker, opened: &Opened) -> Result<Worker, WorkerError> {
         let told = self.device.description().read_only;
         if opened.read_only == told {
             return Ok(worker);
         }
-        worker.close(&mut self.watch)?;
+        worker.close(&mut self.watch).map_err(|(error, _)| error)?;
         let kind = |read_only| if read_only { "read-only" } else { "writable" };
         Err(WorkerError::Kind { found: kind(opened.read_only), told: kind(told) })
     }
@@ -637,16 +672,16 @@ impl Service {
             return Err(WorkerError::NoDelta);
         }
         self.claim()?;
-        if let Some(worker) = &mut self.worker {
+        if let Some(worker) = self.worker.take() {
             match worker.close(&mut self.watch) {
-                Ok(()) => self.worker = None,
+                Ok(()) => {}
                 // It knows why, and goes on.
-                Err(error @ WorkerError::Refused { .. }) => return Err(error),
-                // One that died in between has left all that it completed.
-                Err(error) => {
-                    log::warn!("the worker did not end in good order: {}", chain_of(&error));
-                    self.bury()?;
+                Err((error, Some(worker))) => {
+                    self.worker = Some(worker);
+                    return Err(error);
                 }
+                // One that died in between has left all that it completed.
+                Err((error, None)) => log::warn!("the worker did not end in good order: {}", chain_of(&error)),
             }
         }
         let grown = self.part.delta.as_ref().map(|AttachedDelta { file, label, .. }| {
@@ -654,6 +689,136 @@ impl Service {
         });
         self.replace()?;
         grown.transpose().map(drop).map_err(WorkerError::from)
+    }
+
+    /// Starts a worker that is to serve in place of the one that does, and sees that it is there.
+    pub fn prepare_successor(&mut self) -> Result<Successor, WorkerError> {
+        let mut worker = Worker::execute()?;
+        match worker.exchange(&mut self.watch, &Order::Hello, &[]) {
+            Ok(_) => Ok(Successor(worker)),
+            Err(error) => {
+                worker.end()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Has a worker take the place of the one that serves, who has completed what it took. It has to be told how the guest's side stands.
+    pub fn succeed(&mut self, successor: Successor) -> Result<(), WorkerError> {
+        if self.elsewhere {
+            // There is nothing to serve yet.
+            return successor.0.end().map(drop);
+        }
+        if let Some(last) = self.worker.take() {
+            // Nothing is made durable that was not: its successor has the same page cache.
+            last.end()?;
+        }
+        match successor.0.open(&self.part, &self.offer, &self.counters, &mut self.watch) {
+            Ok((worker, opened)) => {
+                self.deaths.taken_over = Instant::now();
+                self.watch.taken_over();
+                self.worker = Some(worker);
+                self.replace_device(&opened);
+                Ok(())
+            }
+            Err(error) => {
+                log::error!("the next worker cannot serve: {}", chain_of(&error));
+                self.deaths.note(false);
+                self.replace()
+            }
+        }
+    }
+
+    /// All that another program needs to know to go on here.
+    pub fn freeze(&self, keeping: &mut Keeping) -> ServiceState {
+        let [vitals, _] = self.watch.files();
+        let description = self.device.description();
+        let [listener, controller] = self.management.controllers.descriptors();
+        ServiceState {
+            worker: self.worker.as_ref().map(|worker| (worker.process.number(), keeping.keep(&worker.conversation))),
+            elsewhere: self.elsewhere,
+            latch_told: self.latch_told,
+            vitals: keeping.keep(vitals),
+            counters: keeping.keep(&self.counters),
+            inflight: self.inflight.as_ref().map(|own| (own.shape, keeping.keep(&own.file))),
+            part: self.part.freeze(keeping),
+            staged: self.staged.as_ref().map(|part| part.freeze(keeping)),
+            history: self.history.clone(),
+            queues: self.offer.queues,
+            ring_size_max: self.offer.ring_size_max,
+            hold_ms: self.offer.hold.as_millis() as u64,
+            bytes: description.bytes,
+            read_only: description.read_only,
+            cluster_bytes: description.cluster_bytes,
+            serial: description.serial,
+            writeback: self.device.writeback(),
+            name: self.management.name.clone(),
+            controllers: (
+                listener.map(|listener| keeping.keep(&listener)),
+                controller.map(|controller| keeping.keep(&controller)),
+            ),
+        }
+    }
+
+    /// The same in that program.
+    pub fn thaw(state: ServiceState, signals: OwnedFd, front_ends: Option<OwnedFd>) -> Result<Service, HandoverError> {
+        let system = |action| move |source| HandoverError::System { action, source };
+        let worker = match state.worker {
+            Some((process, conversation)) => Some(Worker {
+                conversation: Conversation::over(conversation.take()?.into(), "worker"),
+                process: Running::from_number(process),
+            }),
+            None => None,
+        };
+        let vitals = File::from(state.vitals.take()?);
+        let inflight = match state.inflight {
+            Some((shape, file)) => Some(Inflight { shape, file: file.take()?.into() }),
+            None => None,
+        };
+        let offer = Offer {
+            queues: state.queues,
+            ring_size_max: state.ring_size_max,
+            tracks_inflight: inflight.is_some(),
+            hold: Duration::from_millis(state.hold_ms),
+            incoming: false,
+        };
+        let opened = Opened {
+            bytes: state.bytes,
+            read_only: state.read_only,
+            cluster_bytes: state.cluster_bytes,
+            serial: state.serial,
+        };
+        let device = Device::new(opened.description(offer.queues));
+        device.set_writeback(state.writeback);
+        let listener = state.controllers.0.map(|listener| listener.take().map(PacketListener::from)).transpose()?;
+        let current = match state.controllers.1 {
+            Some(controller) => Some(Conversation::over(controller.take()?.into(), "controller")),
+            None => None,
+        };
+        Ok(Service {
+            worker,
+            elsewhere: state.elsewhere,
+            watch: Watch::over(vitals, offer.queues).map_err(system("map the signs of life"))?,
+            deaths: Deaths::none(),
+            latch_told: state.latch_told,
+            space: Space { is_full: false, last_full: Instant::now(), is_low: false, next_look: Instant::now() },
+            device,
+            part: Part::thaw(state.part)?,
+            staged: state.staged.map(Part::thaw).transpose()?,
+            history: state.history,
+            counters: state.counters.take()?.into(),
+            inflight,
+            management: Management {
+                controllers: Controllers::resumed(listener, current),
+                signals,
+                name: state.name,
+                front_ends,
+                connected: false,
+                stops: false,
+                stop_is_awaited: false,
+            },
+            offer,
+        })
     }
 
     /// Waits for the end of a worker that is dead or as good as dead.
@@ -707,8 +872,14 @@ impl Service {
     /// until the guest runs again, there or here. No ring runs.
     pub fn release(&mut self) -> Result<(), WorkerError> {
         let Some(delta) = &self.part.delta else { return Ok(()) };
-        let Some(worker) = self.worker.as_mut().filter(|_| !delta.ephemeral) else { return Ok(()) };
-        worker.close(&mut self.watch)?;
+        if delta.ephemeral {
+            return Ok(());
+        }
+        let Some(worker) = self.worker.take() else { return Ok(()) };
+        if let Err((error, left)) = worker.close(&mut self.watch) {
+            self.worker = left;
+            return Err(error);
+        }
         delta.file.unlock().map_err(WorkerError::Lock)?;
         (self.worker, self.elsewhere) = (None, true);
         log::info!("{}: left to whoever the guest comes to", delta.label);
@@ -748,8 +919,10 @@ impl Service {
             }
             if says && let Some((command, descriptors)) = self.management.controllers.receive() {
                 let resumes = matches!(command, Command::Resume);
-                if let Rest::Grow { .. } = self.obey(command, descriptors) {
-                    self.answer_growth(Err(WorkerError::Held));
+                match self.obey(command, descriptors) {
+                    Rest::Nothing => {}
+                    Rest::Grow { .. } => self.answer_growth(Err(WorkerError::Held)),
+                    Rest::Upgrade { .. } => self.answer_upgrade(Err(&WorkerError::Held)),
                 }
                 if resumes {
                     break;
@@ -774,15 +947,16 @@ impl Service {
                     Err(error) => break Err(error),
                 }
             }
-            let Some(worker) = &mut self.worker else { continue };
+            let Some(worker) = self.worker.take() else { continue };
             match worker.close(&mut self.watch) {
-                Err(error) if error.is_death() => {
-                    self.bury()?;
-                    if self.deaths.are_too_many() {
+                Ok(()) => break Ok(()),
+                Err((error, left)) => {
+                    drop(left.map(Worker::end));
+                    self.deaths.note(false);
+                    if !error.is_death() || self.deaths.are_too_many() {
                         break Err(error);
                     }
                 }
-                other => break other,
             }
         };
         if self.management.stop_is_awaited {
@@ -794,6 +968,9 @@ impl Service {
         closed
     }
 }
+
+/// A worker that waits to be told what to serve.
+pub struct Successor(Worker);
 
 /// What ended a wait.
 pub struct Woken {

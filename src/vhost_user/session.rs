@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard};
 
 use vhost::vhost_user::message::{
@@ -24,6 +25,7 @@ use crate::sys::socket;
 
 use super::boot::{Driver, RingStart, Start};
 use super::device::{self, Device, PROTOCOL_FEATURES_BIT};
+use super::handover::{HandoverError, Keeping, Kept, RingState, SessionState};
 use super::inflight::{self, InflightError, RegionShape};
 use super::order::{LogPlace, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
 use super::ring::RingPlace;
@@ -87,6 +89,8 @@ impl From<Refusal> for ProtocolError {
 pub struct Session<'k> {
     service: &'k Mutex<Service>,
     features: u64,
+    /// What the front end and the protocol's code have agreed on.
+    protocol_features: u64,
     regions: Vec<(RegionPlace, File)>,
     /// The front end's memory for what is in flight, if it offers any.
     inflight: Option<(RegionShape, File)>,
@@ -139,6 +143,40 @@ impl Ring {
         self.held_at = (stop.held > 0).then_some((self.place, stop.next_available));
     }
 
+    fn freeze(&self, keeping: &mut Keeping) -> RingState {
+        RingState {
+            place: self.place,
+            placed: self.placed,
+            used_in_log: self.used_in_log,
+            next_available: self.next_available,
+            has_base: self.has_base,
+            events: [&self.kick, &self.call, &self.error].map(|event| event.as_ref().map(|event| keeping.keep(event))),
+            started: self.started,
+            enabled: self.enabled,
+            runs: self.runs,
+            held_at: self.held_at,
+        }
+    }
+
+    fn thaw(state: RingState) -> std::result::Result<Ring, HandoverError> {
+        let [kick, call, error] = state.events;
+        let file = |kept: Option<Kept>| kept.map(|kept| kept.take().map(File::from)).transpose();
+        Ok(Ring {
+            place: state.place,
+            used_in_log: state.used_in_log,
+            placed: state.placed,
+            next_available: state.next_available,
+            has_base: state.has_base,
+            kick: file(kick)?,
+            call: file(call)?,
+            error: file(error)?,
+            started: state.started,
+            enabled: state.enabled,
+            runs: state.runs,
+            held_at: state.held_at,
+        })
+    }
+
     fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         [&self.kick, &self.call, &self.error].into_iter().flatten().map(AsFd::as_fd)
     }
@@ -157,6 +195,7 @@ impl<'k> Session<'k> {
         Session {
             service,
             features: 0,
+            protocol_features: 0,
             regions: Vec::new(),
             inflight: None,
             log: None,
@@ -194,6 +233,64 @@ impl<'k> Session<'k> {
                 other => return other,
             }
         }
+    }
+
+    /// Has a worker of this process's program serve in place of the one that does, which completes what it has taken.
+    pub fn hand_over(&self) -> std::result::Result<(), WorkerError> {
+        let successor = self.service().prepare_successor()?;
+        let rings = self.running().into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
+        self.ask(SessionOrder { rings, ..self.order() }, &[])?;
+        self.service().succeed(successor)?;
+        match self.tell_all() {
+            Err(error) if error.is_death() => self.revive(),
+            other => other,
+        }
+    }
+
+    /// All that another program needs to know to go on here.
+    pub fn freeze(&self, stream: &UnixStream, keeping: &mut Keeping) -> SessionState {
+        let region = |(place, file): &(RegionPlace, File), keeping: &mut Keeping| (*place, keeping.keep(file));
+        SessionState {
+            stream: keeping.keep(stream),
+            features: self.features,
+            protocol_features: self.protocol_features,
+            regions: self.regions.iter().map(|found| region(found, keeping)).collect(),
+            inflight: self.inflight.as_ref().map(|(shape, file)| (*shape, keeping.keep(file))),
+            log: self.log.as_ref().map(|(place, file)| (*place, keeping.keep(file))),
+            is_new: self.is_new,
+            channel: self.channel.as_ref().map(|channel| keeping.keep(channel)),
+            rings: self.rings.iter().map(|ring| ring.freeze(keeping)).collect(),
+        }
+    }
+
+    /// The same in that program, and the connection.
+    pub fn thaw(
+        state: SessionState,
+        service: &'k Mutex<Service>,
+    ) -> std::result::Result<(Session<'k>, UnixStream), HandoverError> {
+        let file = |kept: Kept| kept.take().map(File::from);
+        let take = |(place, kept): (RegionPlace, Kept)| file(kept).map(|file| (place, file));
+        let inflight = state.inflight.map(|(shape, kept)| file(kept).map(|file| (shape, file))).transpose()?;
+        let log = state.log.map(|(place, kept)| file(kept).map(|file| (place, file))).transpose()?;
+        let session = Session {
+            service,
+            features: state.features,
+            protocol_features: state.protocol_features,
+            regions: state.regions.into_iter().map(take).collect::<std::result::Result<_, _>>()?,
+            inflight,
+            log,
+            incoming: None,
+            rings: state.rings.into_iter().map(Ring::thaw).collect::<std::result::Result<_, _>>()?,
+            is_new: state.is_new,
+            channel: state.channel.map(Kept::take).transpose()?,
+            _channel: None,
+        };
+        Ok((session, state.stream.take()?.into()))
+    }
+
+    /// What the protocol's code has to be told again: virtio's features, and the protocol's.
+    pub fn agreed(&self) -> [u64; 2] {
+        [self.features, self.protocol_features]
     }
 
     /// Has another worker go on where one that has died was.
@@ -544,6 +641,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         if features & !offered != 0 {
             return Err(Refusal::Features { features, offered }.into());
         }
+        self.protocol_features = features;
         Ok(())
     }
 

@@ -132,6 +132,7 @@ fn carry_out(worker: &mut Option<Worker>, order: Order, descriptors: Descriptors
             *worker = Some(started);
             Ok(Answer::Opened(opened))
         }
+        (_, Order::Hello) => Ok(Answer::Done(Vec::new())),
         (Some(worker), Order::Become(order)) => worker.become_as(order, descriptors).map(Answer::Done),
         (Some(worker), Order::Look(places)) => {
             Ok(Answer::Looked(places.iter().map(|place| ring::used_index(&worker.memory, place)).collect()))

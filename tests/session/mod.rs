@@ -32,3 +32,4 @@ pub mod sandbox;
 mod setup;
 #[cfg(debug_assertions)]
 mod tables;
+mod upgrades;

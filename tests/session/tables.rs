@@ -9,6 +9,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Stdio;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pando::block::delta::{Delta, Lifetime, open};
@@ -209,8 +210,22 @@ fn grow(backend: &mut Backend, mut watcher: Watcher) -> Result<(), Broken> {
 
 #[track_caller]
 fn is_killed_while(backend: &mut Backend, without: &str, act: impl FnOnce(&mut Backend) -> Result<(), Broken>) -> bool {
-    // Those who ask a backend that has broken for something panic.
-    let went_well = matches!(catch_unwind(AssertUnwindSafe(|| act(backend))), Ok(Ok(())));
+    let (log, keeper, is_over) = (backend.log().clone(), backend.keeper(), AtomicBool::new(false));
+    let went_well = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // A keeper would start one worker after another, and then wait, and so would whoever asks it for something.
+            while !is_over.load(Ordering::Acquire) && !log.text().contains("SIGSYS") {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if !is_over.load(Ordering::Acquire) {
+                send(keeper, Signal::KILL);
+            }
+        });
+        // Those who ask a backend that has broken for something panic.
+        let result = catch_unwind(AssertUnwindSafe(|| act(backend)));
+        is_over.store(true, Ordering::Release);
+        matches!(result, Ok(Ok(())))
+    });
     if went_well && !is_killed(backend) {
         return false;
     }

@@ -12,6 +12,7 @@ use pando::units::{ByteCount, ClusterSize};
 use pando::vhost_user::attachment::HOLD_DEFAULT;
 use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
+use pando::vhost_user::handover::{CHECK_ARGUMENT, RESUME_ARGUMENT};
 use pando::vhost_user::ring::RING_SIZE_MAX;
 use pando::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
 use pando::vhost_user::worker::WORKER_ARGUMENT;
@@ -68,6 +69,10 @@ pub enum Invocation {
     Worker { sandbox: bool },
     /// Serve what descriptor 0 says; only ever asked for by a daemon.
     Managed { sandbox: bool },
+    /// Go on as the keeper whose state descriptor 0 is; only ever asked for by that keeper.
+    Resume { sandbox: bool },
+    /// Say whether that could be done.
+    CheckState,
     /// Print this and be done.
     Print(String),
     /// Serve.
@@ -153,6 +158,12 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
         }
         if is(MANAGED_ARGUMENT) {
             return Ok(Invocation::Managed { sandbox });
+        }
+        if is(RESUME_ARGUMENT) {
+            return Ok(Invocation::Resume { sandbox });
+        }
+        if is(CHECK_ARGUMENT) {
+            return Ok(Invocation::CheckState);
         }
     }
     // By QEMU's conventions, everything else is ignored then.

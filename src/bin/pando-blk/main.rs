@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use pando::sys::process::StopSignals;
+use pando::vhost_user::handover::State;
 use pando::vhost_user::{keeper, sandbox, worker};
 
 use args::Invocation;
@@ -26,6 +27,11 @@ fn main() -> ExitCode {
             start("keeper", log::LevelFilter::Info, sandbox);
             managed()
         }
+        Ok(Invocation::Resume { sandbox }) => {
+            start("keeper", log::LevelFilter::Info, sandbox);
+            resume()
+        }
+        Ok(Invocation::CheckState) => State::receive().map(drop).context("this program cannot take over"),
         Ok(Invocation::Print(text)) => std::io::stdout().write_all(text.as_bytes()).context("cannot print"),
         Ok(Invocation::Serve(options)) => {
             start("keeper", options.log_level, options.sandbox);
@@ -59,6 +65,11 @@ fn serve(options: &args::Options) -> anyhow::Result<()> {
 fn managed() -> anyhow::Result<()> {
     let signals = StopSignals::hold().context("cannot hold back signals")?;
     Ok(keeper::serve_managed(&signals)?)
+}
+
+fn resume() -> anyhow::Result<()> {
+    let signals = StopSignals::hold().context("cannot hold back signals")?;
+    Ok(keeper::resume(&signals)?)
 }
 
 fn start(process: &'static str, level: log::LevelFilter, has_sandbox: bool) {
