@@ -85,8 +85,8 @@ fn run_out(backend: &mut Backend) -> Result<(), Broken> {
         let limit = Rlimit { current: Some(current), maximum: Some(DESCRIPTORS_ENOUGH) };
         prlimit(Some(keeper), Resource::Nofile, limit).expect("the process is ours")
     };
-    // While it waits for one, it has the socket twice.
-    until(backend, |backend| has_one_twice(backend.keeper()))?;
+    // Ready, it waits for front ends and for nothing else, with all descriptors that it takes for that.
+    until(backend, |backend| is_asleep(backend.keeper()))?;
     limit(DESCRIPTORS_BELOW);
     let mark = backend.log().mark();
     let waits = UnixStream::connect(backend.socket()).expect("it listens");
@@ -96,13 +96,10 @@ fn run_out(backend: &mut Backend) -> Result<(), Broken> {
     Ok(())
 }
 
-/// Whether two descriptors of a process are of one socket.
-fn has_one_twice(process: u32) -> bool {
-    let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
-    let links = descriptors.filter_map(|descriptor| std::fs::read_link(descriptor.path()).ok());
-    let mut sockets: Vec<_> = links.filter(|link| link.to_string_lossy().starts_with("socket:")).collect();
-    sockets.sort();
-    sockets.windows(2).any(|two| two[0] == two[1])
+/// Whether a process waits for something.
+fn is_asleep(process: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"))
 }
 
 /// Every number below has an open descriptor in a keeper.
