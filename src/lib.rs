@@ -17,7 +17,7 @@
 //! |---|---|---|
 //! | [`units`] | sectors, clusters, byte counts | everything else; a leaf |
 //! | [`digest`] | the names of images: BLAKE3 of their contents | what an image is used for |
-//! | [`sys`] | mappings, file verbs, sockets, processes, sandboxes; all `unsafe` | what the bytes mean |
+//! | [`sys`] | mappings, guarded copies, file verbs, sockets, processes, sandboxes; all `unsafe` | what the bytes mean |
 //! | [`block`] | one volume: base, delta, their union | virtio, sockets |
 //! | [`store`] | images at rest: their files, imported, verified | running machines, volumes |
 //! | [`vhost_user`] | one guest's device: session, rings, requests | what is behind a volume |
@@ -44,6 +44,7 @@
 //! - A base is never written. A delta is bound to the digest of its base, and refuses any other.
 //! - A cluster is marked on disk only after its data is durable there; it is logged before its write completes.
 //! - Memory that others can change (the guest's, the front end's) is copied, then checked, then used; never checked in place.
+//! - A page that cannot be had, of a file or of guest memory, fails the request that needs it, or ends the ring; the process lives.
 //! - What a guest or a front end says is read in a sandbox ([`vhost_user::sandbox`]), which is closed before the first word.
 //! - Nothing that a guest, a front end or a file says can make a process panic, or grow without a limit.
 

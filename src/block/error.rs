@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::sys::guard::Fault;
+
 /// Why a request to a volume failed. Whether it is the guest's fault, the file system's or the file's is what callers
 /// tell apart; the rest is for people.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,20 @@ pub enum Error {
     /// The range is not part of the volume.
     #[error("bytes {offset} to {offset} + {len} lie outside the volume of {bytes} bytes")]
     OutOfRange { offset: u64, len: u64, bytes: u64 },
+    /// The memory that was to be read from or written to is gone, which is its owner's affair: the files are as good as before.
+    #[error(transparent)]
+    Memory(#[from] Fault),
+}
+
+impl Error {
+    /// What it means that something could not be done with a file. Also tells when it was not the file's fault, but that of the memory.
+    #[cold]
+    pub(super) fn of_io(action: &'static str, file: &str, offset: u64, source: io::Error) -> Error {
+        match source.downcast() {
+            Ok(fault) => Error::Memory(fault),
+            Err(source) => Error::Io { action, file: file.to_owned(), offset, source },
+        }
+    }
 }
 
 impl Error {

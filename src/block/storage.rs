@@ -14,6 +14,8 @@ use crate::sys::mapping::FileMapping;
 ///
 /// Until `sync` returns, a write may be lost by a power failure, in whole or in any of its 512-byte sectors, and writes
 /// may become durable in any order. A write that has returned is seen by every later read and survives the death of the process.
+///
+/// An error that holds a [`Fault`](crate::sys::guard::Fault) is about the memory that was given, and not about the file.
 pub trait Storage: Send + Sync {
     /// Fills `into` with the bytes at `offset`. Holes, and what lies past the end, read as zeros.
     fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()>;
@@ -61,7 +63,7 @@ impl FileStorage {
 impl Storage for FileStorage {
     #[inline]
     fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
-        let done = into.copy_from(self.mapping.readable(offset, into.len()));
+        let done = self.mapping.read(into, offset)?;
         if done < into.len() {
             file::read_at(&self.file, into.part(done, usize::MAX), offset + done as u64)?;
         }

@@ -122,11 +122,11 @@ impl<S: Storage> Volume<S> {
                         sources.delta += len;
                     }
                     (Source::Zero, _) => {
-                        part.fill_zero();
+                        part.fill_zero()?;
                         sources.zero += len;
                     }
                     (Source::Base | Source::Delta, _) => {
-                        self.base.read(part, at);
+                        self.base.read(part, at)?;
                         sources.base += len;
                     }
                 }
@@ -214,7 +214,8 @@ impl<S: Storage> Volume<S> {
             if fill_behind {
                 pieces.extend(self.below(delta.state(last), offset + len, behind));
             }
-            delta.write(&pieces, if fill_ahead { offset - ahead } else { offset })?;
+            let written = delta.write(&pieces, if fill_ahead { offset - ahead } else { offset });
+            written.map_err(|error| self.blame(error))?;
         } else {
             delta.write(from, offset)?;
         }
@@ -227,6 +228,15 @@ impl<S: Storage> Volume<S> {
         match state {
             State::Base => self.base.parts(offset, len as usize),
             _ => [Readable::zeros(0), Readable::zeros(len as usize)],
+        }
+    }
+
+    /// Of memory that could not be written from, says whether it is the base's.
+    #[cold]
+    fn blame(&self, error: Error) -> Error {
+        match error {
+            Error::Memory(fault) => self.base.error_of(fault).unwrap_or(error),
+            error => error,
         }
     }
 

@@ -88,6 +88,13 @@ enum AttachmentVerb {
         /// The volume
         volume: String,
     },
+    /// Try once more, at once, where too many workers have died and none is started for a while
+    Resume {
+        /// The VM
+        vm: String,
+        /// The volume
+        volume: String,
+    },
 }
 
 #[derive(clap::Args)]
@@ -216,6 +223,10 @@ impl Attachment {
             AttachmentVerb::Show { vm, volume } => {
                 let path = format!("/v1/attachments/{}/{}", part(&vm), part(&volume));
                 self.asking.show(client.get(&path)?, show_text)?;
+            }
+            AttachmentVerb::Resume { vm, volume } => {
+                let path = format!("/v1/attachments/{}/{}/resume", part(&vm), part(&volume));
+                let _: Value = client.post(&path, None)?;
             }
         }
         Ok(Outcome::Done)

@@ -18,6 +18,7 @@ mod progress;
 mod serve;
 mod table;
 mod top;
+mod upgrade;
 mod volume;
 mod watch;
 
@@ -57,6 +58,7 @@ enum Command {
     Deployment(deployment::Deployment),
     /// Groups: who may do what, and which VMs are deployed to together
     Group(group::Group),
+    Upgrade(upgrade::Upgrade),
     Status(watch::Status),
     Top(top::Top),
     Events(watch::Events),
@@ -141,6 +143,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Opti
         Command::Deploy(deploy) => deploy.run(),
         Command::Deployment(deployment) => deployment.run(),
         Command::Group(group) => group.run(),
+        Command::Upgrade(upgrade) => upgrade.run(),
         Command::Status(status) => status.run(),
         Command::Top(top) => top.run(),
         Command::Events(events) => events.run(),

@@ -8,6 +8,7 @@ use super::Host;
 use super::api::types::Verb;
 use super::catalog::{AuditEntry, Facts};
 use super::error::{Error, chain};
+use super::names::recorded;
 
 /// Who calls, as the kernel says it of the connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +76,7 @@ impl std::fmt::Display for Object {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // One that has no name yet is any.
         let name = self.names().last().filter(|name| !name.is_empty());
-        write!(f, "{}:{}", self.kind(), name.map_or("*", String::as_str))
+        write!(f, "{}:{}", self.kind(), name.map_or("*".to_owned(), |name| recorded(name)))
     }
 }
 
@@ -103,7 +104,7 @@ impl<'h> Call<'h> {
         object: impl Into<String>,
         work: impl FnOnce(&Call<'h>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let call = Call { host, caller, action, object: object.into(), logged: Cell::new(false) };
+        let call = Call::new(host, caller, action, object.into());
         let result = work(&call);
         let entry = match &result {
             Ok(_) if call.logged.get() => return result,
@@ -123,13 +124,22 @@ impl<'h> Call<'h> {
         object: impl Into<String>,
         work: impl FnOnce(&Call<'h>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let call = Call { host, caller, action, object: object.into(), logged: Cell::new(false) };
+        let call = Call::new(host, caller, action, object.into());
         let result = work(&call);
         if let Err(error @ (Error::Denied { .. } | Error::NotAdmin { .. })) = &result {
             let entry = call.entry("denied", error.to_string());
             host.catalog.change(|facts| facts.insert_audit(&entry))?;
         }
         result
+    }
+
+    fn new(host: &'h Host, caller: &'h Caller, action: &'static str, object: String) -> Call<'h> {
+        // A name that cannot be one does not fill the log.
+        let object = match object.split_once(':') {
+            Some((kind, name)) => format!("{kind}:{}", recorded(name)),
+            None => recorded(&object),
+        };
+        Call { host, caller, action, object, logged: Cell::new(false) }
     }
 
     /// Who calls.

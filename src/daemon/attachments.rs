@@ -12,7 +12,7 @@ use crate::sys::process;
 use super::Host;
 use super::access::{Call, Caller, Object};
 use super::api::types::{AttachRequest, Attachment, DeployState, Role, Verb, Vm};
-use super::backends::{Launch, Part};
+use super::backends::{BackendError, Launch, Part};
 use super::catalog::{AttachmentRow, AttachmentState, DeltaRow, DeltaState, Facts, NewAttachment, VolumeRow};
 use super::error::{Error, chain};
 use super::host::{find_volume, image_ref_of};
@@ -386,9 +386,13 @@ impl Host {
             }
             let rows = self.catalog.read(|facts| Ok::<_, Error>(facts.attachments_of(name)?))?;
             for row in rows.iter().filter(|row| row.state == AttachmentState::Running) {
-                if let Err(error) = self.converge_attachment(&volume, row) {
-                    let reason = chain(&error);
-                    self.note_failed_switch(row, &reason)?;
+                match self.converge_attachment(&volume, row) {
+                    // The one that takes its place is told afterwards.
+                    Err(Error::Backend(error @ (BackendError::Gone | BackendError::Absent))) => {
+                        log::warn!("{}: {error}", object_of(row));
+                    }
+                    Err(error) => self.note_failed_switch(row, &chain(&error))?,
+                    Ok(()) => {}
                 }
             }
             self.remove_doomed(name)
@@ -434,8 +438,8 @@ impl Host {
         Ok(())
     }
 
-    /// Sees what a backend serves after nothing is staged there any more.
-    fn settle_served(&self, volume: &VolumeRow, row: &AttachmentRow) -> Result<(), Error> {
+    /// Sees what a backend serves after nothing is staged there any more. The caller has the volume alone.
+    pub fn settle_served(&self, volume: &VolumeRow, row: &AttachmentRow) -> Result<(), Error> {
         let served = self.backends.report(row.id)?;
         self.note_served(volume, row, &served.tag)?;
         self.catalog.change(|facts| {

@@ -289,8 +289,13 @@ fn open_absolute(path: &str) -> Result<File, Error> {
     check_absolute(path)?;
     // Without waiting for whoever writes to a pipe.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let io = |source| Error::Io { action: "open", path: shown(path), source };
-    let file = file.map_err(io)?;
+    // That it cannot be opened is for who named it to see to.
+    let file = file.map_err(|error| Error::Invalid {
+        field: "path",
+        found: shown(path),
+        expected: format!("a file that can be opened ({error})"),
+    })?;
+    let io = |source| Error::Io { action: "examine", path: shown(path), source };
     if !file.metadata().map_err(io)?.is_file() {
         return Err(Error::Invalid { field: "path", found: shown(path), expected: "a regular file".to_owned() });
     }

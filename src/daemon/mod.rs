@@ -24,8 +24,10 @@ mod metrics;
 mod names;
 mod reconcile;
 mod run;
+mod upgrade;
 mod volumes;
 
-pub use backends::{Manner, UidRange};
+pub use access::Caller;
+pub use backends::{Backends, Manner, UidRange};
 pub use host::{Host, Places};
 pub use run::{Options, RunError, run};

@@ -73,6 +73,11 @@ pub fn shown(name: &str) -> String {
     if cut.len() < name.len() { format!("{cut}... ({} bytes)", name.len()) } else { cut }
 }
 
+/// A name as it stands in records: whole, unless it is none that can be.
+pub fn recorded(name: &str) -> String {
+    if name.len() <= PATH_NAME_BYTES_MAX && !name.contains(char::is_control) { name.to_owned() } else { shown(name) }
+}
+
 /// The name among `names` that is so near to `name` that it may have been meant.
 pub fn nearest(name: &str, names: impl IntoIterator<Item = String>) -> Option<String> {
     const NEAR: f64 = 0.75;
@@ -96,6 +101,16 @@ mod tests {
             let error = check_name("volume", name).unwrap_err().to_string();
             assert!(error.len() < 300, "{error}");
         }
+    }
+
+    #[test]
+    fn records_have_names_that_can_be() {
+        let digest = "ab".repeat(32);
+        for name in ["", "debian-12/stable", digest.as_str()] {
+            assert_eq!(recorded(name), name);
+        }
+        assert_eq!(recorded("a\nb"), "a?b");
+        assert!(recorded(&"~".repeat(10_000)).len() < 100);
     }
 
     #[test]

@@ -98,12 +98,8 @@ async fn serve(mut options: Options) -> Result<(), RunError> {
         while let Some(notice) = noticed.recv().await {
             let host = Arc::clone(&watching);
             // In their order; what follows from them may take its time.
-            match &notice {
-                Notice::Connected { attachment, connected, .. } => {
-                    host.backends.note_connected(*attachment, *connected)
-                }
-                Notice::Switched { attachment, bytes, .. } => host.backends.note_switched(*attachment, *bytes),
-                _ => {}
+            if let Notice::Switched { attachment, bytes, .. } = &notice {
+                host.backends.note_switched(*attachment, *bytes);
             }
             tokio::task::spawn_blocking(move || take_notice(&host, notice));
         }

@@ -302,7 +302,7 @@ impl Host {
 
     /// Makes a volume larger; a guest that runs from it is told.
     pub fn grow_volume(&self, caller: &Caller, name: &str, bytes: u64) -> Result<Volume, Error> {
-        Call::run(self, caller, "volume.grow", format!("volume:{name}"), |call| {
+        let result = Call::run(self, caller, "volume.grow", format!("volume:{name}"), |call| {
             self.with_volume(name, || {
                 let (volume, delta, attached) = self.catalog.read(|facts| {
                     call.require(facts, Verb::Write, &Object::Volume(name.to_owned()))?;
@@ -325,6 +325,11 @@ impl Host {
                     let attached = facts.attachments_of(name)?.into_iter().next();
                     Ok((volume, facts.delta(name, DeltaState::Current)?, attached))
                 })?;
+                if let Some(attachment) = attached.as_ref().filter(|attachment| attachment.staged.is_some()) {
+                    // Made for the old size, to which the guest's disk would shrink at its next boot.
+                    self.backends.unstage(attachment.id)?;
+                    self.settle_served(&volume, attachment)?;
+                }
                 match (&attached, &delta) {
                     (Some(attachment), _) => self.backends.grow(attachment.id, bytes)?,
                     (None, Some(delta)) => {
@@ -340,7 +345,10 @@ impl Host {
                     self.view_volume(facts, &find_volume(facts, name)?)
                 })
             })
-        })
+        });
+        // Staged again, as large as the volume is by now.
+        self.converge(name);
+        result
     }
 
     /// Where a delta's file is.

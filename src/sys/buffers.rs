@@ -1,10 +1,12 @@
 //! Pieces of memory that bytes are moved between: [`Readable`] and [`Writable`].
 //!
 //! The memory may be shared with a guest, a front end or the page cache, so it can change at any time: nothing here
-//! gives out a Rust reference to it, only copies. Both types have the layout of the kernel's `iovec`, so a slice of
-//! them goes to `preadv` and `pwritev` as it is.
+//! gives out a Rust reference to it, only copies. Its pages can also be gone: then a copy is a [`Fault`]. Both types have the layout of
+//! the kernel's `iovec`, so a slice of them goes to `preadv` and `pwritev` as it is.
 
 use std::marker::PhantomData;
+
+use super::guard::{self, Fault};
 
 /// Memory that may be read, for as long as `'m`.
 #[derive(Clone, Copy)]
@@ -69,12 +71,31 @@ impl<'m> Readable<'m> {
         unsafe { Readable::new(self.raw.iov_base.cast::<u8>().add(start), len.min(self.len() - start)) }
     }
 
-    /// Copies the first bytes into `to`, as many as both have, and says how many.
-    pub fn copy_to_slice(&self, to: &mut [u8]) -> usize {
+    /// Copies the first bytes into `to`, as many as both have, and says how many. After a fault, `to` holds some of them.
+    #[inline]
+    pub fn copy_to_slice(&self, to: &mut [u8]) -> Result<usize, Fault> {
         let len = self.len().min(to.len());
         // SAFETY: both sides are valid for `len`; `to` is ours alone, so they do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(self.raw.iov_base.cast::<u8>(), to.as_mut_ptr(), len) };
-        len
+        unsafe { guard::copy(self.raw.iov_base.cast::<u8>(), to.as_mut_ptr(), len) }.map(|()| len)
+    }
+
+    /// Where it lies in this process.
+    pub(super) fn address(&self) -> usize {
+        self.raw.iov_base.addr()
+    }
+
+    /// The first page that is gone, if there is one. Reads a byte of each.
+    pub(super) fn find_fault(&self) -> Option<Fault> {
+        // SAFETY: readable for its length.
+        unsafe { guard::find_fault(self.raw.iov_base.cast::<u8>(), self.len()) }
+    }
+
+    /// How far from the start a fault is, if it is of this memory.
+    pub(super) fn offset_of(&self, fault: Fault) -> Option<usize> {
+        let start = self.address();
+        // Of memory that has failed, the kernel names the page and not the byte.
+        let page = start - start % guard::PAGE_BYTES_MIN;
+        (page..start + self.len()).contains(&fault.address).then(|| fault.address.saturating_sub(start))
     }
 }
 
@@ -108,24 +129,32 @@ impl<'m> Writable<'m> {
         unsafe { Writable::new(self.raw.iov_base.cast::<u8>().add(start), len.min(self.len() - start)) }
     }
 
-    /// Copies as many bytes as both have, and says how many.
-    pub fn copy_from(&self, from: Readable<'_>) -> usize {
+    /// Copies as many bytes as both have, and says how many. After a fault, which may be of either, some of them are copied.
+    #[inline]
+    pub fn copy_from(&self, from: Readable<'_>) -> Result<usize, Fault> {
         let len = self.len().min(from.len());
         // SAFETY: both sides are valid for `len`. A `Writable` is guest memory or a unique borrow and a `Readable` a file
-        // mapping or a borrow, so that the address ranges do not overlap; `copy` would cost nothing less to be sure of.
-        unsafe { std::ptr::copy(from.raw.iov_base.cast::<u8>(), self.raw.iov_base.cast::<u8>(), len) };
-        len
+        // mapping or a borrow, so that the address ranges do not overlap.
+        unsafe { guard::copy(from.raw.iov_base.cast::<u8>(), self.raw.iov_base.cast::<u8>(), len) }.map(|()| len)
     }
 
     /// Copies the first bytes of `from` in, as many as both have, and says how many.
-    pub fn copy_from_slice(&self, from: &[u8]) -> usize {
+    #[inline]
+    pub fn copy_from_slice(&self, from: &[u8]) -> Result<usize, Fault> {
         self.copy_from(Readable::from_slice(from))
     }
 
     /// Writes zeros to all of it.
-    pub fn fill_zero(&self) {
+    #[inline]
+    pub fn fill_zero(&self) -> Result<(), Fault> {
         // SAFETY: valid for writing for the whole length.
-        unsafe { std::ptr::write_bytes(self.raw.iov_base.cast::<u8>(), 0, self.len()) };
+        unsafe { guard::fill_zero(self.raw.iov_base.cast::<u8>(), self.len()) }
+    }
+
+    /// The same memory, to look at what is in it.
+    pub(super) fn as_readable(&self) -> Readable<'m> {
+        // SAFETY: what may be written may be read: guest memory is mapped for both, and a unique borrow is too.
+        unsafe { Readable::new(self.raw.iov_base.cast::<u8>(), self.len()) }
     }
 }
 

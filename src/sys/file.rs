@@ -1,7 +1,8 @@
 //! The verbs of a file that the standard library lacks: vectored positional I/O, holes, extents, locks,
 //! names, and how contents get to the disk.
 //!
-//! Each does all of what was asked or returns the error of the kernel; a short count never gets out.
+//! Each does all of what was asked or returns the error of the kernel; a short count never gets out. When it is the caller's memory that
+//! cannot be accessed, and not the file, the error holds a [`Fault`].
 
 use std::fs::File;
 use std::io;
@@ -9,6 +10,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 
 use super::buffers::{Readable, Writable};
+use super::guard::Fault;
 
 /// As many buffers as one system call takes.
 const BUFFERS_MAX: usize = libc::UIO_MAXIOV as usize;
@@ -21,12 +23,9 @@ pub fn read_at(file: &File, into: Writable<'_>, offset: u64) -> io::Result<()> {
         // SAFETY: one `Writable`, laid out as an iovec and writable for its length.
         let count = unsafe { libc::preadv(file.as_raw_fd(), (&raw const rest).cast(), 1, to_off(offset, done)?) };
         match count {
-            0 => {
-                rest.fill_zero();
-                return Ok(());
-            }
+            0 => return rest.fill_zero().map_err(io::Error::other),
             count if count > 0 => done += count as usize,
-            _ => retry_interrupted()?,
+            _ => retry_interrupted().map_err(|error| with_fault(error, &[rest.as_readable()]))?,
         }
     }
     Ok(())
@@ -53,7 +52,7 @@ pub fn write_at(file: &File, from: &[Readable<'_>], mut offset: u64) -> io::Resu
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 count if count > 0 => count as usize,
                 _ => {
-                    retry_interrupted()?;
+                    retry_interrupted().map_err(|error| with_fault(error, from))?;
                     continue;
                 }
             };
@@ -87,6 +86,17 @@ fn retry_interrupted() -> io::Result<()> {
         error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
         error => Err(error),
     }
+}
+
+/// The kernel says that memory cannot be accessed, and not which: then this does.
+#[cold]
+fn with_fault(error: io::Error, memory: &[Readable<'_>]) -> io::Error {
+    if error.raw_os_error() != Some(libc::EFAULT) {
+        return error;
+    }
+    // None is found in memory that can be read and not written, for which there is no room.
+    let first = || memory.first().map(|first| Fault { address: first.address() });
+    memory.iter().find_map(Readable::find_fault).or_else(first).map_or(error, io::Error::other)
 }
 
 /// How many bytes a file has. As [`File::metadata`] says, without a system call that also takes paths.

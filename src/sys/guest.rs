@@ -3,20 +3,21 @@
 //! The guest and its front end write this memory while it is read here. So nothing gives out a reference: a value is
 //! read once, by copy, and it is the copy that gets checked and used. Knows nothing of what the bytes mean.
 //!
-//! Nothing here guards against a front end that truncates the file behind a region while it is mapped: the processor
-//! then gets SIGBUS, and this process, which serves that front end alone, ends.
+//! A front end may cut off the file behind a region while it is mapped. What is copied from or to the pages that are gone is a [`Fault`];
+//! of a ring's own memory, and of the tables that descriptors lie in, it is noted ([`guard::take_fault`]).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::Ordering;
 
 use rustix::fs::FileType;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::buffers::{Readable, Writable};
+use super::guard::{self, Fault};
 
 /// Where a region of guest memory lies: for the guest, for the front end, and in the file that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -40,7 +41,7 @@ pub enum MapError {
     /// Two regions claim the same guest addresses.
     #[error("memory regions {first:x?} and {second:x?} overlap")]
     Overlap { first: RegionPlace, second: RegionPlace },
-    /// The file ends ahead of the region, so that using its end would end this process.
+    /// The file ends ahead of the region, so that there is nothing at its end.
     #[error("memory region {place:x?} ends behind its file, which has {file_bytes:#x} bytes")]
     Short { place: RegionPlace, file_bytes: u64 },
     /// The file cannot be mapped.
@@ -67,7 +68,7 @@ struct Region {
     _mapping: MmapRegion<()>,
 }
 
-// SAFETY: `host` points into the mapping that the region owns; all access goes through copies and atomics.
+// SAFETY: `host` points into the mapping that the region owns; all access goes through guarded copies and numbers.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -135,13 +136,24 @@ impl GuestMemory {
         self.pieces(guest_address, len, |host, len| to.push(unsafe { Writable::new(host, len) }))
     }
 
-    /// Copies the guest's bytes at `guest_address` to `to`; `false` when not all of them are memory.
+    /// Copies the guest's bytes at `guest_address` to `to`; `false` when not all of them are memory. A fault is noted.
     #[inline]
     pub fn read(&self, guest_address: u64, to: &mut [u8]) -> bool {
         let mut done = 0;
         self.pieces(guest_address, to.len() as u64, |host, len| {
             // SAFETY: a range within a mapped region.
-            done += unsafe { Readable::new(host, len) }.copy_to_slice(&mut to[done..]);
+            match unsafe { Readable::new(host, len) }.copy_to_slice(&mut to[done..]) {
+                Ok(count) => done += count,
+                Err(fault) => guard::note_fault(fault),
+            }
+        })
+    }
+
+    /// The guest's address of a fault, if it is of the guest's memory.
+    pub fn guest_address_of(&self, fault: Fault) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let within = fault.address.wrapping_sub(region.host.addr()) as u64;
+            (within < region.place.bytes).then(|| region.place.guest_address + within)
         })
     }
 
@@ -156,7 +168,7 @@ impl GuestMemory {
             }
             // SAFETY: `within` is at most the region's length.
             let start = unsafe { region.host.add(within as usize) };
-            start.addr().is_multiple_of(align).then(|| SharedArea { start, len, _memory: Arc::clone(self) })
+            start.addr().is_multiple_of(align).then(|| SharedArea { start, len, memory: Arc::clone(self) })
         })
     }
 }
@@ -215,68 +227,81 @@ fn page_bytes(file: &File) -> io::Result<PageBytes> {
 /// A range of guest memory that both sides read and write as a ring: single values, in a definite order.
 ///
 /// Offsets are bytes from the start of the area, even, and checked: the layout of a ring is fixed when it is set up, so
-/// one outside the area is a bug of the caller, and reads as zero and writes nothing.
+/// one outside the area is a bug of the caller, and reads as zero and writes nothing. So does memory that is gone, which is noted
+/// ([`guard::take_fault`]).
 pub struct SharedArea {
     start: *mut u8,
     len: usize,
     /// Keeps the memory mapped.
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
-// SAFETY: access is by copies and atomics alone, into memory that `_memory` keeps mapped.
+// SAFETY: access is by guarded copies and numbers alone, into memory that `memory` keeps mapped.
 unsafe impl Send for SharedArea {}
 
 impl SharedArea {
+    /// The guest's memory that it is a part of.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
     #[inline]
     fn at<const LEN: usize>(&self, offset: usize) -> Option<*mut u8> {
         // SAFETY: `LEN` bytes from `offset` lie within the area.
         (offset <= self.len && LEN <= self.len - offset).then(|| unsafe { self.start.add(offset) })
     }
 
+    /// Two bytes at an even offset, from a start that is at least 2-aligned: `GuestMemory::area` checked it.
     #[inline]
-    fn atomic(&self, offset: usize) -> Option<&AtomicU16> {
-        // SAFETY: two bytes within the area, at an even offset from a start that is at least 2-aligned (`GuestMemory::area`
-        // checked it), which are mapped as long as `self`; the guest's own accesses are atomic on its side.
-        self.at::<2>(offset & !1).map(|at| unsafe { AtomicU16::from_ptr(at.cast()) })
+    fn number(&self, offset: usize) -> Option<*mut u16> {
+        self.at::<2>(offset & !1).map(|at| at.cast())
     }
 
     /// Reads the 16-bit number at `offset`, before anything that is read after it.
     #[inline]
     pub fn load_acquire(&self, offset: usize) -> u16 {
-        self.atomic(offset).map_or(0, |value| u16::from_le(value.load(Ordering::Acquire)))
+        // SAFETY: two bytes within the area, aligned.
+        self.number(offset).map_or(0, |at| u16::from_le(unsafe { guard::load_u16(at) }))
     }
 
     /// Reads the 16-bit number at `offset`.
     #[inline]
     pub fn load(&self, offset: usize) -> u16 {
-        self.atomic(offset).map_or(0, |value| u16::from_le(value.load(Ordering::Relaxed)))
+        self.load_acquire(offset)
     }
 
     /// Writes the 16-bit number at `offset`, after everything that was written before it.
     #[inline]
     pub fn store_release(&self, offset: usize, value: u16) {
-        if let Some(place) = self.atomic(offset) {
-            place.store(value.to_le(), Ordering::Release);
+        if let Some(at) = self.number(offset) {
+            // SAFETY: two bytes within the area, aligned, to which there are no references.
+            unsafe { guard::store_u16(at, value.to_le()) };
         }
     }
 
-    /// Copies the bytes at `offset` out.
+    /// Copies the bytes at `offset` out: a multiple of eight.
     #[inline]
     pub fn read<const LEN: usize>(&self, offset: usize) -> [u8; LEN] {
+        const { assert!(LEN.is_multiple_of(8)) };
         let mut bytes = [0; LEN];
         if let Some(at) = self.at::<LEN>(offset) {
-            // SAFETY: `LEN` bytes within the area.
-            unsafe { std::ptr::copy_nonoverlapping(at, bytes.as_mut_ptr(), LEN) };
+            for (index, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                // SAFETY: eight of the `LEN` bytes within the area.
+                *word = unsafe { guard::load_u64(at.cast::<u64>().add(index)) }.to_ne_bytes();
+            }
         }
         bytes
     }
 
-    /// Copies bytes in at `offset`.
+    /// Copies bytes in at `offset`: a multiple of eight.
     #[inline]
     pub fn write<const LEN: usize>(&self, offset: usize, bytes: [u8; LEN]) {
+        const { assert!(LEN.is_multiple_of(8)) };
         if let Some(at) = self.at::<LEN>(offset) {
-            // SAFETY: `LEN` bytes within the area.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, LEN) };
+            for (index, word) in bytes.as_chunks::<8>().0.iter().enumerate() {
+                // SAFETY: eight of the `LEN` bytes within the area, to which there are no references.
+                unsafe { guard::store_u64(at.cast::<u64>().add(index), u64::from_ne_bytes(*word)) };
+            }
         }
     }
 }
@@ -305,9 +330,8 @@ impl DirtyLog {
             if page / 8 >= self.bits.place.bytes {
                 return;
             }
-            // SAFETY: within the mapping by the check; any byte is a valid number, and others' accesses to it are atomic on their side.
-            let byte = unsafe { AtomicU8::from_ptr(self.bits.host.add((page / 8) as usize)) };
-            byte.fetch_or(1 << (page % 8), Ordering::Release);
+            // SAFETY: within the mapping by the check; no references to it are ever made, and others' accesses are atomic on their side.
+            unsafe { guard::or_u8(self.bits.host.add((page / 8) as usize), 1 << (page % 8)) };
         }
     }
 }
@@ -317,4 +341,88 @@ impl DirtyLog {
 #[inline]
 pub fn full_barrier() {
     std::sync::atomic::fence(Ordering::SeqCst);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::file;
+
+    const PAGE: u64 = 4096;
+    const GUEST: u64 = 1 << 30;
+    const USER: u64 = 1 << 40;
+
+    /// Four pages of memory, of which the last two are gone.
+    fn memory() -> Arc<GuestMemory> {
+        guard::install().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * PAGE).unwrap();
+        let place = RegionPlace { guest_address: GUEST, user_address: USER, bytes: 4 * PAGE, file_offset: 0 };
+        let memory = GuestMemory::map(vec![(place, file.try_clone().unwrap())]).unwrap();
+        file.set_len(2 * PAGE).unwrap();
+        Arc::new(memory)
+    }
+
+    fn writable(memory: &GuestMemory, address: u64, len: u64) -> Writable<'_> {
+        let mut buffers = Vec::new();
+        assert!(memory.writable(address, len, &mut buffers));
+        buffers[0]
+    }
+
+    #[test]
+    fn memory_that_is_gone_has_the_guests_address() {
+        let memory = memory();
+        let fault = writable(&memory, GUEST + 2 * PAGE + 9, 1).copy_from_slice(b"x").unwrap_err();
+        assert_eq!(memory.guest_address_of(fault), Some(GUEST + 2 * PAGE + 9));
+        let fault = writable(&memory, GUEST + PAGE, 3 * PAGE).fill_zero().unwrap_err();
+        let address = memory.guest_address_of(fault).unwrap();
+        assert!((GUEST + 2 * PAGE..GUEST + 4 * PAGE).contains(&address), "{address:#x}");
+        assert_eq!(memory.guest_address_of(Fault { address: 1 }), None);
+
+        // What is read in one go is noted, as a ring's own memory is.
+        assert!(memory.read(GUEST + PAGE, &mut [0; 16]));
+        assert_eq!(guard::take_fault(), None);
+        assert!(memory.read(GUEST + 2 * PAGE - 8, &mut [0; 16]));
+        assert!(memory.guest_address_of(guard::take_fault().unwrap()) >= Some(GUEST + 2 * PAGE));
+    }
+
+    #[test]
+    fn an_area_that_is_gone_in_part_reads_as_zeros_there_and_says_so() {
+        let memory = memory();
+        let area = memory.area(USER, 4 * PAGE as usize, 16).unwrap();
+        area.store_release(8, 7);
+        area.write(16, [9; 16]);
+        assert_eq!((area.load(8), area.load_acquire(8), area.read(16)), (7, 7, [9; 16]));
+        assert_eq!(guard::take_fault(), None);
+        let gone = 3 * PAGE as usize;
+        let is_noted = || memory.guest_address_of(guard::take_fault().unwrap()).unwrap() >= GUEST + 3 * PAGE;
+        assert_eq!(area.load(gone), 0);
+        assert!(is_noted());
+        assert_eq!(area.read(gone), [0; 16]);
+        assert!(is_noted());
+        area.store_release(gone, 7);
+        assert!(is_noted());
+        area.write(gone, [7; 8]);
+        assert!(is_noted());
+    }
+
+    #[test]
+    fn memory_that_a_system_call_does_not_find_is_told_from_a_file_that_fails() {
+        let memory = memory();
+        let file = tempfile::tempfile().unwrap();
+        file::write_at(&file, &[Readable::from_slice(&[5; 4 * PAGE as usize])], 0).unwrap();
+        let is_gone = |error: io::Error| {
+            let address = memory.guest_address_of(error.downcast::<Fault>().unwrap()).unwrap();
+            assert!((GUEST + 2 * PAGE..GUEST + 4 * PAGE).contains(&address), "{address:#x}");
+        };
+        is_gone(file::read_at(&file, writable(&memory, GUEST + PAGE, 3 * PAGE), 0).unwrap_err());
+        // Zeros past the end are not the kernel's.
+        is_gone(file::read_at(&file, writable(&memory, GUEST + 2 * PAGE, PAGE), 4 * PAGE).unwrap_err());
+        // The first buffer is whole, and of the second a part.
+        let mut buffers = vec![Readable::from_slice(&[6; 100])];
+        assert!(memory.readable(GUEST + PAGE, 2 * PAGE, &mut buffers));
+        is_gone(file::write_at(&file, &buffers, 0).unwrap_err());
+        let error = file::write_at(&File::open("/dev/null").unwrap(), &buffers[..1], 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF), "what else fails is the kernel's error");
+    }
 }

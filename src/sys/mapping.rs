@@ -4,14 +4,22 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use super::buffers::Readable;
+use super::buffers::{Readable, Writable};
+use super::guard::{self, Fault};
 
 /// A read-only shared mapping of the first bytes of a file.
 ///
-/// Reading a page whose file has become shorter, or whose device fails, is a signal (SIGBUS) and not an error code.
+/// The page of a file that has become shorter, or whose disk fails, cannot be had. [`FileMapping::read`] says so.
 pub struct FileMapping {
     start: *const u8,
     len: usize,
+}
+
+/// A page of a mapped file cannot be had. The kernel does not say why.
+#[derive(Debug, thiserror::Error)]
+#[error("the page at offset {offset} cannot be had: the file has become shorter, or its disk fails")]
+struct PageError {
+    offset: u64,
 }
 
 // SAFETY: owns its mapping; what it gives out is `Readable`, which any thread may copy from.
@@ -66,6 +74,30 @@ impl FileMapping {
         // as long as `self`.
         unsafe { Readable::new(self.start.add(offset), len.min(self.len - offset)) }
     }
+
+    /// Copies the bytes from `offset` to the start of `into`, as many as both have, and says how many.
+    ///
+    /// # Errors
+    /// Holds a [`Fault`] when it is `into` that cannot be accessed.
+    #[inline]
+    pub fn read(&self, into: Writable<'_>, offset: u64) -> io::Result<usize> {
+        into.copy_from(self.readable(offset, into.len())).map_err(|fault| match self.offset_of(fault) {
+            Some(offset) => self.page_error(offset),
+            None => io::Error::other(fault),
+        })
+    }
+
+    /// The offset of a fault, if it is of this mapping.
+    pub fn offset_of(&self, fault: Fault) -> Option<u64> {
+        self.readable(0, self.len).offset_of(fault).map(|offset| offset as u64)
+    }
+
+    /// What a fault at an offset means: nobody has the page.
+    #[cold]
+    pub fn page_error(&self, offset: u64) -> io::Error {
+        // A copy need not begin at its start, so the byte itself means nothing.
+        io::Error::other(PageError { offset: offset - offset % guard::PAGE_BYTES_MIN as u64 })
+    }
 }
 
 impl Drop for FileMapping {
@@ -74,5 +106,39 @@ impl Drop for FileMapping {
             // SAFETY: exactly the mapping that `new` made; no `Readable` outlives `self`.
             unsafe { libc::munmap(self.start as *mut _, self.len) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_gone_is_an_error_that_names_it() {
+        guard::install().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[3; 4 * 4096], 0).unwrap();
+        let mapping = FileMapping::new(&file, 4 * 4096).unwrap();
+        file.set_len(2 * 4096).unwrap();
+        let mut bytes = [0; 8192];
+        assert_eq!(mapping.read(Writable::from_mut_slice(&mut bytes[..4096]), 4096).unwrap(), 4096);
+        assert!(bytes[..4096].iter().all(|byte| *byte == 3));
+        let error = mapping.read(Writable::from_mut_slice(&mut bytes[..10]), 3 * 4096 + 5).unwrap_err();
+        assert!(error.to_string().contains("offset 12288 "), "{error}");
+        let error = mapping.read(Writable::from_mut_slice(&mut bytes), 4096).unwrap_err();
+        assert!(error.downcast::<Fault>().is_err(), "the file is at fault, and not the memory");
+
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(4096).unwrap();
+        let place = crate::sys::guest::RegionPlace { guest_address: 0, user_address: 0, bytes: 4096, file_offset: 0 };
+        let guest = crate::sys::guest::GuestMemory::map(vec![(place, memory.try_clone().unwrap())]).unwrap();
+        memory.set_len(0).unwrap();
+        let mut buffers = Vec::new();
+        assert!(guest.writable(0, 100, &mut buffers));
+        let fault = mapping.read(buffers[0], 0).unwrap_err().downcast::<Fault>().unwrap();
+        assert_eq!(mapping.offset_of(fault), None, "the memory is at fault, and not the file");
+        assert!(guest.guest_address_of(fault).is_some());
+        // What lies behind the mapping is none of it.
+        assert_eq!(mapping.read(Writable::from_mut_slice(&mut bytes), 4 * 4096).unwrap(), 0);
     }
 }

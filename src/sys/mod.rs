@@ -9,10 +9,13 @@ pub mod array;
 pub mod buffers;
 pub mod events;
 pub mod file;
+pub mod guard;
 pub mod guest;
 pub mod mapping;
 pub mod process;
 pub mod sandbox;
 pub mod shared;
 pub mod socket;
+#[cfg(fuzzing)]
+pub mod stand_in;
 pub mod watch;

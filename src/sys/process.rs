@@ -11,6 +11,9 @@ use std::thread::JoinHandle;
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 
+#[cfg(fuzzing)]
+pub use super::stand_in::Running;
+
 /// Lets panics tell where they were and no more, here and in programs that are executed: for a backtrace, files would be opened.
 ///
 /// To be called while the process has one thread.
@@ -19,10 +22,19 @@ pub fn forgo_backtraces() {
     unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
 }
 
+/// As below, but a thread.
+#[cfg(fuzzing)]
+pub fn execute_self(_name: &str, _arguments: &[&str], standard_input: OwnedFd) -> io::Result<Running> {
+    Running::start(standard_input)
+}
+
 /// Starts this very program again, under the name `name`, with these arguments alone and `standard_input` as its descriptor 0.
-pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Child> {
+#[cfg(not(fuzzing))]
+pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Running> {
     // The file that this process runs, also when another has been installed at its path meanwhile.
-    Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()
+    let mut command = Command::new("/proc/self/exe");
+    let child = command.arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()?;
+    Ok(Running::from_number(child.id()))
 }
 
 /// Has a program run as another user, with the group of the same number and no other, and with at most so many processes and threads of that
@@ -76,10 +88,12 @@ pub fn keep_on_exec(number: RawFd, keep: bool) -> io::Result<()> {
 }
 
 /// A child of this process, whichever program it was started by.
+#[cfg(not(fuzzing))]
 pub struct Running {
     process: u32,
 }
 
+#[cfg(not(fuzzing))]
 impl Running {
     /// The child with this number, which nobody else waits for.
     pub fn from_number(process: u32) -> Running {
@@ -166,6 +180,15 @@ pub fn close_inherited_but(signals: &StopSignals) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Has this process killed when the thread that has started it ends, whatever it is at then: also while it is stopped.
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: takes two numbers.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Makes the process the first of a session of its own: what is typed at the terminal of whoever started it is not meant for it.

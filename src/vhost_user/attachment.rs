@@ -33,7 +33,7 @@ pub struct Part {
     /// What it is called in reports to a controller.
     pub tag: String,
     /// The image, open for reading; `None`: a blank volume.
-    pub base: Option<File>,
+    pub base: Option<AttachedBase>,
     /// The delta, open for writing and locked; `None`: a read-only volume.
     pub delta: Option<AttachedDelta>,
     /// What GET_ID answers; `None`: made of the delta's UUID.
@@ -53,7 +53,7 @@ impl Part {
     pub fn freeze(&self, keeping: &mut Keeping) -> PartState {
         PartState {
             tag: self.tag.clone(),
-            base: self.base.as_ref().map(|base| keeping.keep(base)),
+            base: self.base.as_ref().map(|base| (keeping.keep(base), base.label.clone())),
             delta: self.delta.as_ref().map(|delta| DeltaState {
                 file: keeping.keep(&delta.file),
                 label: delta.label.clone(),
@@ -71,8 +71,25 @@ impl Part {
             }
             None => None,
         };
-        let base = state.base.map(|base| base.take().map(File::from)).transpose()?;
+        let base = match state.base {
+            Some((file, label)) => Some(AttachedBase { file: file.take()?.into(), label }),
+            None => None,
+        };
         Ok(Part { tag: state.tag, base, delta, serial: state.serial })
+    }
+}
+
+/// An image, open.
+pub struct AttachedBase {
+    /// The file.
+    pub file: File,
+    /// What to call it in messages.
+    pub label: String,
+}
+
+impl AsFd for AttachedBase {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

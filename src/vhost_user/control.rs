@@ -66,8 +66,8 @@ pub struct Serve {
 pub struct VolumeSpec {
     /// What it is called, in reports.
     pub tag: String,
-    /// Whether a base comes with it.
-    pub has_base: bool,
+    /// What to call the base that comes with it, in messages.
+    pub base: Option<String>,
     /// The delta that comes with it.
     pub delta: Option<DeltaOrder>,
     /// What GET_ID answers; `None`: made of the delta's UUID.
@@ -214,7 +214,8 @@ pub fn take_volume(
     spec: VolumeSpec,
     descriptors: &mut Descriptors,
 ) -> Result<super::attachment::Part, ConversationError> {
-    let base = descriptors.take_if(spec.has_base)?.map(File::from);
+    let base = descriptors.take_if(spec.base.is_some())?.map(File::from);
+    let base = spec.base.zip(base).map(|(label, file)| super::attachment::AttachedBase { file, label });
     let delta = descriptors.take_if(spec.delta.is_some())?.map(File::from);
     let delta = spec.delta.zip(delta).map(|(order, file)| super::attachment::AttachedDelta {
         file,

@@ -130,7 +130,8 @@ pub struct ServiceState {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartState {
     pub tag: String,
-    pub base: Option<Kept>,
+    /// The image, and what to call it in messages.
+    pub base: Option<(Kept, String)>,
     pub delta: Option<DeltaState>,
     pub serial: Option<[u8; SERIAL_BYTES]>,
 }

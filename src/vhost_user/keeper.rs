@@ -76,6 +76,17 @@ pub fn serve(attachment: Attachment, signals: &StopSignals, ready: impl FnOnce()
     Keeper { service: &service, endpoint, stream: None }.serve()
 }
 
+/// As [`serve`], with a controller, and stopped by whatever makes `signals` readable: a fuzzer is all of a keeper's neighbours.
+#[cfg(fuzzing)]
+pub fn serve_controlled(
+    attachment: Attachment,
+    signals: &impl AsFd,
+    controllers: Controllers,
+) -> Result<(), KeeperError> {
+    let (service, endpoint) = start(attachment, signals, controllers)?;
+    Keeper { service: &service, endpoint }.serve()
+}
+
 /// Serves what descriptor 0 says, until it or a later controller says to stop, or a signal does.
 ///
 /// To be called first thing in the process.
@@ -217,7 +228,7 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
 
 fn start(
     attachment: Attachment,
-    signals: &StopSignals,
+    signals: &impl AsFd,
     controllers: Controllers,
 ) -> Result<(Mutex<Service>, Endpoint), KeeperError> {
     let Attachment { part, endpoint, offer, counters, name, resumed, kernel_from_vmm } = attachment;

@@ -43,8 +43,8 @@ impl Order {
 /// A volume, as descriptors.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VolumeOrder {
-    /// Whether a base comes with it.
-    pub has_base: bool,
+    /// What to call the base that comes with it, in messages.
+    pub base: Option<String>,
     /// The delta that comes with it.
     pub delta: Option<DeltaOrder>,
     /// How many rings are offered.

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
+use crate::sys::guard;
 use crate::sys::guest::{DirtyLog, GuestMemory};
 use crate::sys::process;
 
@@ -242,7 +243,7 @@ impl Queue {
         }
         self.resume_kicks();
         self.vitals.count_held(-(self.hold.len() as i64));
-        Ok(())
+        Ok(self.ring.check_memory()?)
     }
 
     fn serve_batch<'m>(
@@ -271,7 +272,10 @@ impl Queue {
                 },
             };
             waiting = waiting.saturating_sub(1);
-            if let Err(error) = self.ring.chain(head, memory, chain) {
+            let found = self.ring.chain(head, memory, chain);
+            // Ahead of acting upon it: descriptors that are gone read as zeros.
+            self.ring.check_memory()?;
+            if let Err(error) = found {
                 complaints.guests(&error);
                 // Without a chain there is no place for a status either; the driver gets its descriptors back.
                 let nothing = Completion {
@@ -286,7 +290,7 @@ impl Queue {
                 completions.push(nothing);
                 continue;
             }
-            let outcome = request::execute(chain, &self.volume, &self.device.description().serial, batch);
+            let outcome = request::execute(chain, memory, &self.volume, &self.device.description().serial, batch);
             steps::reach(Step::Executed);
             let status = match &outcome.result {
                 Ok(()) => Status::Ok,
@@ -345,8 +349,13 @@ impl Queue {
                 self.vitals.count_held(self.hold.len() as i64);
             }
             tally.note(completion.kind, completion.bytes, status != Status::Ok);
-            let status_bytes = completion.status_place.map_or(0, |place| place.copy_from_slice(&[status as u8]) as u32);
-            self.ring.complete(completion.head, completion.data_bytes + status_bytes);
+            let told = completion.status_place.map_or(Ok(0), |place| place.copy_from_slice(&[status as u8]));
+            // A request must not look complete whose status nobody has written: with that note, nothing is published.
+            let status_bytes = told.unwrap_or_else(|fault| {
+                guard::note_fault(fault);
+                0
+            });
+            self.ring.complete(completion.head, completion.data_bytes + status_bytes as u32);
         }
         tally.sources = batch.take_sources();
         if let (Some(log), Some(written)) = (&self.log, &mut chain.written) {

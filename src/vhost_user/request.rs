@@ -7,6 +7,8 @@ use virtio_bindings::virtio_blk;
 
 use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
+use crate::sys::guard::Fault;
+use crate::sys::guest::GuestMemory;
 use crate::units::{is_whole_sectors, sectors_to_bytes};
 
 use super::counters::Kind;
@@ -51,12 +53,33 @@ pub enum RequestError {
     /// A flag of a range that does not exist for this type.
     #[error("range flags {flags:#x} are not supported here")]
     RangeFlags { flags: u32 },
+    /// The front end has taken its memory away, or the host has lost it.
+    #[error("guest memory at {guest_address:#x} is gone: its file has become shorter, or the page is lost")]
+    Memory { guest_address: u64 },
     /// The volume refused.
     #[error(transparent)]
     Volume(#[from] block::Error),
 }
 
+impl From<Fault> for RequestError {
+    fn from(fault: Fault) -> RequestError {
+        RequestError::Volume(fault.into())
+    }
+}
+
 impl RequestError {
+    /// The same error with the guest's address of what it is about, if it is about memory.
+    #[cold]
+    fn located(self, memory: &GuestMemory) -> RequestError {
+        match self {
+            RequestError::Volume(block::Error::Memory(fault)) => match memory.guest_address_of(fault) {
+                Some(guest_address) => RequestError::Memory { guest_address },
+                None => fault.into(),
+            },
+            other => other,
+        }
+    }
+
     /// What the driver is told.
     pub fn status(&self) -> Status {
         match self {
@@ -99,10 +122,11 @@ struct Header {
     sector: u64,
 }
 
-/// Carries out the request in `chain`. A write is complete when the outcome is ok and `batch` has been committed.
+/// Carries out the request in `chain`, which lies in `memory`. A write is complete when the outcome is ok and `batch` has been committed.
 #[inline]
 pub fn execute<'m>(
     chain: &mut Chain<'m>,
+    memory: &GuestMemory,
     volume: &Volume,
     serial: &[u8; SERIAL_BYTES],
     batch: &mut Batch,
@@ -119,7 +143,7 @@ pub fn execute<'m>(
         outcome.result = Err(RequestError::NoStatus);
         return outcome;
     }
-    outcome.result = carry_out(chain, volume, serial, batch, &mut outcome);
+    outcome.result = carry_out(chain, volume, serial, batch, &mut outcome).map_err(|error| error.located(memory));
     outcome
 }
 
@@ -153,7 +177,7 @@ fn carry_out(
         virtio_blk::VIRTIO_BLK_T_GET_ID => {
             let mut rest = &serial[..];
             for buffer in &chain.writable {
-                rest = &rest[buffer.copy_from_slice(rest)..];
+                rest = &rest[buffer.copy_from_slice(rest)?..];
             }
             outcome.data_bytes = (SERIAL_BYTES - rest.len()) as u32;
             if outcome.data_bytes == 0 {
@@ -198,7 +222,7 @@ fn take_header(chain: &mut Chain<'_>) -> Result<(Header, usize), RequestError> {
         let Some(buffer) = chain.readable.get_mut(first) else {
             return Err(RequestError::Header { len: found as u64 });
         };
-        let len = buffer.copy_to_slice(&mut bytes[found..]);
+        let len = buffer.copy_to_slice(&mut bytes[found..])?;
         found += len;
         if len == buffer.len() {
             first += 1;
@@ -243,7 +267,7 @@ fn ranges(
     let mut bytes = [0; RANGES_MAX as usize * RANGE_BYTES];
     let mut found = 0;
     for buffer in readable {
-        found += buffer.copy_to_slice(&mut bytes[found..]);
+        found += buffer.copy_to_slice(&mut bytes[found..])?;
     }
     let ranges = bytes[..found].as_chunks::<RANGE_BYTES>().0.iter().map(|bytes| {
         let value = u128::from_le_bytes(*bytes);

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
+use crate::sys::guard;
 use crate::sys::guest::{GuestMemory, SharedArea, full_barrier};
 
 use super::inflight::{Inflight, InflightError, Recovered};
@@ -100,6 +101,13 @@ pub enum RingError {
     /// Its past cannot be told.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// The front end has taken memory away that the ring needs, or the host has lost it.
+    #[error("memory of the ring{} is gone: its file has become shorter, or the page is lost", at(guest_address))]
+    Gone { guest_address: Option<u64> },
+}
+
+fn at(guest_address: &Option<u64>) -> String {
+    guest_address.map_or(String::new(), |address| format!(" at guest address {address:#x}"))
 }
 
 /// What is wrong with one chain of descriptors. The ring itself goes on.
@@ -182,7 +190,7 @@ impl Ring {
         let [descriptors, available, used] = place.parts(event_idx);
         let (descriptors, available, used) = (area(descriptors)?, area(available)?, area(used)?);
         let next_used = used.load(INDEX_AT);
-        Ok(Ring {
+        let ring = Ring {
             size,
             descriptors,
             available,
@@ -193,14 +201,26 @@ impl Ring {
             event_idx,
             notify_next: true,
             inflight: None,
-        })
+        };
+        ring.check_memory()?;
+        Ok(ring)
+    }
+
+    /// Sees that all memory was there that this thread has used the ring with since it last asked. What is gone has been read as zeros.
+    #[inline]
+    pub fn check_memory(&self) -> Result<(), RingError> {
+        match guard::take_fault() {
+            None => Ok(()),
+            Some(fault) => Err(RingError::Gone { guest_address: self.used.memory().guest_address_of(fault) }),
+        }
     }
 
     /// Keeps account of what is in flight in `slot`, which may tell of requests that another has taken and not completed: they are to be carried
     /// out again, in this order. The next entry to take then follows from the slot.
     pub fn track(&mut self, slot: SharedArea) -> Result<Vec<u16>, RingError> {
-        let (inflight, Recovered { next_available, in_flight }) =
-            Inflight::start(slot, self.size, self.next_used, self.next_available)?;
+        let started = Inflight::start(slot, self.size, self.next_used, self.next_available);
+        self.check_memory()?;
+        let (inflight, Recovered { next_available, in_flight }) = started?;
         self.inflight = Some(inflight);
         self.next_available = next_available;
         Ok(in_flight)
@@ -220,6 +240,7 @@ impl Ring {
     #[inline]
     pub fn waiting(&self) -> Result<u16, RingError> {
         let index = self.available.load_acquire(INDEX_AT);
+        self.check_memory()?;
         let count = index.wrapping_sub(self.next_available);
         if count > self.size {
             return Err(RingError::Jumped { from: self.next_available, to: index, size: self.size });
@@ -235,6 +256,7 @@ impl Ring {
     pub fn take(&mut self) -> Result<u16, RingError> {
         let entry = usize::from(self.next_available % self.size);
         let head = self.available.load(ENTRIES_AT + entry * AVAILABLE_ENTRY_BYTES);
+        self.check_memory()?;
         if head >= self.size {
             return Err(RingError::Head { head, size: self.size });
         }
@@ -289,11 +311,12 @@ impl Ring {
         steps::reach(Step::UsedElement);
     }
 
-    /// Shows all completions to the driver, and says whether it wants to be notified of them.
+    /// Shows all completions to the driver, and says whether it wants to be notified of them. Shows none when memory was gone that they
+    /// were written to, which the next check says.
     #[inline]
     pub fn publish(&mut self) -> bool {
         let before = self.published;
-        if self.next_used == before {
+        if self.next_used == before || guard::has_fault() {
             return false;
         }
         steps::reach(Step::Unpublished);
@@ -324,7 +347,8 @@ impl Ring {
         }
     }
 
-    /// Asks the driver to kick for the next request, and says whether one has come meanwhile, for which no kick may come.
+    /// Asks the driver to kick for the next request, and says whether there is no waiting for that: one has come meanwhile, for which no
+    /// kick may come, or memory is gone.
     pub fn resume_kicks(&self) -> bool {
         if self.event_idx {
             self.used.store_release(ENTRIES_AT + usize::from(self.size) * USED_ENTRY_BYTES, self.next_available);
@@ -332,7 +356,7 @@ impl Ring {
             self.used.store_release(FLAGS_AT, 0);
         }
         full_barrier();
-        self.available.load_acquire(INDEX_AT) != self.next_available
+        self.available.load_acquire(INDEX_AT) != self.next_available || guard::has_fault()
     }
 }
 

@@ -153,6 +153,7 @@ pub const KEEPER: &[Call] = &[
     Call::any("arch_prctl", libc::SYS_arch_prctl, "the C library: where a thread finds what it has for itself"),
     Call::any("set_tid_address", libc::SYS_set_tid_address, "the C library, in the first thread"),
     Call::any("close_range", libc::SYS_close_range, "closes what it was started with"),
+    Call::with("prctl PR_SET_PDEATHSIG", libc::SYS_prctl, &[is(0, libc::PR_SET_PDEATHSIG)], "it dies with its keeper"),
     Call::with("prctl PR_SET_NO_NEW_PRIVS", libc::SYS_prctl, &[is(0, libc::PR_SET_NO_NEW_PRIVS)], "its sandbox"),
     Call::any("landlock_create_ruleset", libc::SYS_landlock_create_ruleset, "its sandbox"),
     Call::any("landlock_restrict_self", libc::SYS_landlock_restrict_self, "its sandbox"),

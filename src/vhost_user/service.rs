@@ -101,7 +101,7 @@ impl Worker {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
         let process =
             process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        Ok(Worker { conversation, process: Running::from_number(process.id()) })
+        Ok(Worker { conversation, process })
     }
 
     /// Has it open a volume.
@@ -114,7 +114,7 @@ impl Worker {
     ) -> Result<(Worker, Opened), WorkerError> {
         let delta = part.delta.as_ref();
         let order = VolumeOrder {
-            has_base: part.base.is_some(),
+            base: part.base.as_ref().map(|base| base.label.clone()),
             delta: delta.map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral }),
             queues: offer.queues,
             serial: part.serial,

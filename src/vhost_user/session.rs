@@ -328,7 +328,7 @@ impl<'k> Session<'k> {
         SessionOrder {
             features: self.features,
             writeback: service.device().writeback(),
-            memory: Some(self.regions.iter().map(|(place, _)| *place).collect()),
+            memory: Some(self.places()),
             inflight: self.inflight_shape(service),
             log: self.log.as_ref().map(|(place, _)| *place),
             rings: Vec::new(),
@@ -536,29 +536,38 @@ impl<'k> Session<'k> {
         DeviceState { bytes: description.bytes, read_only: description.read_only, serial: description.serial }
     }
 
-    /// Whether a ring lies in the memory as it is now.
-    fn is_in_memory(&self, index: usize) -> bool {
+    /// Whether a ring lies in these regions.
+    fn is_in(&self, index: usize, regions: &[RegionPlace]) -> bool {
         self.rings[index].place.parts(device::has_event_idx(self.features)).iter().all(|part| {
-            self.regions.iter().any(|(region, _)| {
+            regions.iter().any(|region| {
                 let within = part.address.checked_sub(region.user_address);
                 within.is_some_and(|within| within.saturating_add(part.bytes as u64) <= region.bytes)
             })
         })
     }
 
-    /// Tells the worker of the memory as it is now. Rings that run go on over it.
+    fn places(&self) -> Vec<RegionPlace> {
+        self.regions.iter().map(|(place, _)| *place).collect()
+    }
+
+    /// Stops the rings that will not lie in memory, while it is as it was: there is what they have taken, whoever completes it.
     ///
     /// A front end that changes a region removes it and then adds what is in its place, also while a ring lies in it. Such
-    /// a ring stops, and goes on when it has memory again.
-    fn tell_memory(&mut self) -> Result<()> {
-        if self.regions.len() > REGIONS_MAX {
-            return Err(Refusal::Regions { count: self.regions.len() }.into());
-        }
+    /// a ring goes on when it has memory again.
+    fn stop_outside(&mut self, regions: &[RegionPlace]) -> Result<()> {
         for index in self.running() {
-            if !self.is_in_memory(index) {
+            if !self.is_in(index, regions) {
                 log::debug!("ring {index} waits for its memory to come back");
                 self.stop(index)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Tells the worker of the memory as it is now. Rings that run go on over it.
+    fn tell_memory(&mut self) -> Result<()> {
+        if self.regions.len() > REGIONS_MAX {
+            return Err(Refusal::Regions { count: self.regions.len() }.into());
         }
         let (order, accounts) = {
             let service = self.service();
@@ -566,8 +575,9 @@ impl<'k> Session<'k> {
         };
         let descriptors: Vec<BorrowedFd> = self.region_files().chain(accounts.iter().map(AsFd::as_fd)).collect();
         self.ask(order, &descriptors).map_err(Refusal::from)?;
+        let places = self.places();
         for index in 0..self.rings.len() {
-            if self.is_in_memory(index) {
+            if self.is_in(index, &places) {
                 self.start(index)?;
             }
         }
@@ -656,7 +666,9 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
             let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *region;
             place_of(guest_phys_addr, memory_size, user_addr, mmap_offset)
         };
-        self.regions = regions.iter().map(place).zip(files).collect();
+        let places: Vec<RegionPlace> = regions.iter().map(place).collect();
+        self.stop_outside(&places)?;
+        self.regions = places.into_iter().zip(files).collect();
         self.tell_memory().map(|()| None)
     }
 
@@ -682,6 +694,9 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         let Some(index) = self.regions.iter().position(|(found, _)| is_it(found)) else {
             return Err(Refusal::UnknownRegion { place }.into());
         };
+        let mut places = self.places();
+        places.remove(index);
+        self.stop_outside(&places)?;
         self.regions.remove(index);
         self.tell_memory()
     }

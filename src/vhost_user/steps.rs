@@ -2,6 +2,9 @@
 //!
 //! A test names a file in the environment of a backend. The next worker reads it, removes it, and dies at the step that it says:
 //! `NAME COUNT`, the step's name and how many times it is to be reached first. Its successor finds no file and lives.
+//!
+//! In builds for fuzzers (`cfg(fuzzing)`) a worker is a thread, or a model of one, and unwinds in place of dying: what is in memory then is what
+//! a death there leaves.
 
 /// A step behind which a death finds the ring and its inflight slot in a state of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +75,16 @@ pub fn reach(step: Step) {
     let _ = step;
 }
 
+/// What whoever dies unwinds with.
+#[cfg(fuzzing)]
+pub struct Death;
+
+/// From now on, whoever reaches `step` for the `count`th time unwinds with [`Death`]; with a count of 0, nobody does.
+#[cfg(fuzzing)]
+pub fn unwind_at(step: Step, count: u64) {
+    chosen::unwind_at(step, count);
+}
+
 /// Finds out where this process is to die, if anywhere.
 pub fn choose() {
     #[cfg(debug_assertions)]
@@ -100,10 +113,28 @@ mod chosen {
         STEP.store(step as usize, Ordering::Relaxed);
     }
 
+    #[cfg(fuzzing)]
+    pub fn unwind_at(step: Step, count: u64) {
+        STEP.store(NONE, Ordering::Relaxed);
+        LEFT.store(count, Ordering::Relaxed);
+        STEP.store(if count == 0 { NONE } else { step as usize }, Ordering::Relaxed);
+    }
+
+    /// As a death at this very instruction: nothing is tidied up.
+    #[cfg(not(fuzzing))]
+    fn die() -> ! {
+        std::process::abort()
+    }
+
+    #[cfg(fuzzing)]
+    fn die() -> ! {
+        crate::sys::stand_in::fall();
+        std::panic::resume_unwind(Box::new(super::Death))
+    }
+
     pub fn reach(step: Step) {
         if STEP.load(Ordering::Relaxed) == step as usize && LEFT.fetch_sub(1, Ordering::Relaxed) == 1 {
-            // As a death at this very instruction: nothing is tidied up.
-            std::process::abort();
+            die();
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::block::base::Base;
 use crate::block::delta::{Delta, Latch, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
+use crate::sys::guard;
 use crate::sys::guest::{DirtyLog, GuestMemory, MapError, RegionPlace, SharedArea};
 use crate::sys::process;
 use crate::units::ClusterSize;
@@ -88,6 +89,9 @@ enum WorkerError {
 ///
 /// To be called first thing in the process. Its standard input is the conversation with the keeper. Nothing is read there outside the sandbox.
 pub fn run() -> io::Result<()> {
+    // One that notices late that its keeper is gone would serve the guest's rings beside the worker of the next.
+    process::die_with_parent()?;
+    guard::install()?;
     process::close_inherited()?;
     process::allow_interrupts()?;
     process::settle_allocator();
@@ -95,7 +99,24 @@ pub fn run() -> io::Result<()> {
     steps::choose();
     let conversation = Conversation::over(process::standard_input().into(), "keeper");
     sandbox::close_worker().map_err(io::Error::other)?;
-    let mut worker: Option<Worker> = None;
+    serve(&conversation, &mut None)
+}
+
+/// As [`run`], in a thread that stands in for the process: what the end of a process ends is ended here, and completes what it has taken.
+#[cfg(fuzzing)]
+pub fn stand_in(conversation: std::os::fd::OwnedFd) {
+    let mut worker = None;
+    let conversation = Conversation::over(conversation.into(), "keeper");
+    let serves = std::panic::AssertUnwindSafe(|| serve(&conversation, &mut worker));
+    // Whoever listens is told that it is gone, as of any worker that fails.
+    let _ = std::panic::catch_unwind(serves);
+    for ring in worker.into_iter().flat_map(|worker| worker.rings.into_values()) {
+        // Of a thread that has unwound, nothing is left.
+        let _ = ring.queue.stop();
+    }
+}
+
+fn serve(conversation: &Conversation, worker: &mut Option<Worker>) -> io::Result<()> {
     loop {
         let (order, descriptors) = match conversation.receive() {
             Ok(received) => received,
@@ -106,7 +127,7 @@ pub fn run() -> io::Result<()> {
             Err(error) => return Err(io::Error::other(error)),
         };
         let mut closes = matches!(order, Order::Close);
-        let answer = match carry_out(&mut worker, order, descriptors) {
+        let answer = match carry_out(worker, order, descriptors) {
             Ok(answer) => answer,
             Err(error) => {
                 // Not closed: it is still the one that knows what was lost.
@@ -183,8 +204,11 @@ impl Worker {
         let (memory, wake) = (File::from(descriptors.take()?), File::from(descriptors.take()?));
         let latch = Latch::shared(vitals::numbers(&memory).map_err(WorkerError::MapVitals)?, vitals::LATCH);
         let vitals = Vitals::map(&memory, wake).map_err(WorkerError::MapVitals)?;
-        let base = descriptors.take_if(order.has_base)?.map(File::from);
-        let base = base.map_or_else(|| Ok(Base::empty()), |file| Base::map(&file)).map_err(WorkerError::MapBase)?;
+        let base = descriptors.take_if(order.base.is_some())?.map(File::from);
+        let base = base.zip(order.base.clone());
+        let base = base
+            .map_or_else(|| Ok(Base::empty()), |(file, label)| Base::map(&file, label))
+            .map_err(WorkerError::MapBase)?;
         let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
         descriptors.finish()?;
         let (volume, uuid) = match (&order.delta, delta) {

@@ -87,7 +87,7 @@ impl Disk {
     pub fn session(&self) -> Session {
         let (file, header) = open::open_locked(&self.delta()).unwrap();
         let base = match header.base {
-            Some(_) => Base::map(&File::open(self.path("base.raw")).unwrap()).unwrap(),
+            Some(_) => Base::map(&File::open(self.path("base.raw")).unwrap(), "base".into()).unwrap(),
             None => Base::empty(),
         };
         let storage = FileStorage::new(file).unwrap();

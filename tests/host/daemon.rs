@@ -325,7 +325,7 @@ impl Drop for Daemon {
 
 fn is_keeper(process: u32) -> bool {
     let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
-    line.split(|byte| *byte == 0).nth(1) == Some(b"--managed")
+    [Some(&b"--managed"[..]), Some(b"--resume")].contains(&line.split(|byte| *byte == 0).nth(1))
 }
 
 fn names_in(directory: &Path) -> Vec<String> {

@@ -87,6 +87,7 @@ fn requests_that_make_no_sense_are_refused() {
     daemon.ask("POST", "/v1/images", Some(&image("relative"))).problem(422, "invalid");
     daemon.ask("POST", "/v1/images", Some(&image("/dev/null"))).problem(422, "invalid");
     daemon.ask("POST", "/v1/images", Some(&image("/"))).problem(422, "invalid");
+    daemon.ask("POST", "/v1/images", Some(&image("/nothing/there"))).problem(422, "invalid");
     daemon.ask("POST", "/v1/images", Some(&json!({ "path": "/x", "format": "floppy" }))).problem(422, "invalid");
     assert_eq!(daemon.get("/v1/volumes"), json!([]));
     assert!(daemon.delta_files().is_empty());

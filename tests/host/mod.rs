@@ -13,3 +13,4 @@ mod many;
 mod model;
 mod sandbox;
 mod updates;
+mod upgrades;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use super::daemon::{Daemon, wait_until};
@@ -226,6 +227,54 @@ fn an_image_of_another_size_is_told_of() {
     let sector = machine.client.as_mut().expect("a driver").queues[0].read((last / SECTOR) as u64, SECTOR);
     assert_eq!(sector, new[last..]);
     wait_until("the size to be known", || daemon.attachment("vm", "os")["bytes"] == 2 * IMAGE_BYTES);
+}
+
+#[test]
+fn a_volume_that_grows_is_as_large_on_its_next_image() {
+    let Setup { daemon, old, new } =
+        setup(&[json!({ "name": "os", "kind": "cow", "ephemeral": true, "channel": "os/stable" })]);
+    let mut machine = machine(&daemon, "os");
+    machine.start(&kernel());
+    assert_eq!(machine.reads(), old);
+    daemon.set_channel("os/stable", "os-2");
+    let bytes = 4 * IMAGE_BYTES;
+    daemon.post("/v1/volumes/os/grow", json!({ "bytes": bytes }));
+    assert_eq!(daemon.attachment("vm", "os")["staged"]["versions"], json!(["os-2"]));
+    assert_eq!(machine.reads(), old);
+    machine.start(&firmware());
+    assert_eq!(machine.reads(), new);
+    let client = machine.client.as_mut().expect("a driver");
+    assert_eq!(client.capacity(), (bytes / SECTOR) as u64);
+    assert_eq!(client.queues[0].read((bytes / SECTOR - 1) as u64, SECTOR), [0; SECTOR]);
+    wait_until("the last delta to be gone", || daemon.delta_files().len() == 1);
+}
+
+#[test]
+fn a_backend_that_dies_over_an_instruction_hands_it_on() {
+    let Setup { daemon, old, new } = setup(&[json!({ "name": "os", "kind": "read-only", "channel": "os/stable" })]);
+    let mut machine = machine(&daemon, "os");
+    machine.start(&kernel());
+    assert_eq!(machine.reads(), old);
+    let number = daemon.attachment("vm", "os")["process"].as_i64().expect("a process");
+    let keeper = Pid::from_raw(number as i32).expect("a process");
+    // It hears nothing, and dies over what it has not heard.
+    kill_process(keeper, Signal::STOP).expect("it is stopped");
+    let site = daemon.site();
+    let moving = std::thread::spawn(move || site.set_channel("os/stable", "os-2"));
+    wait_until("the instruction to be noted", || daemon.attachment("vm", "os")["staged"] != json!(null));
+    kill_process(keeper, Signal::KILL).expect("it is killed");
+    moving.join().expect("the channel moves");
+    wait_until("another backend with the instruction", || {
+        let now = daemon.attachment("vm", "os");
+        now["state"] == "running" && now["process"] != number && now["staged"]["versions"] == json!(["os-2"])
+    });
+    assert_eq!(daemon.attachment("vm", "os")["error"], json!(null));
+    assert!(!daemon.events_of("attachment:vm/os").contains(&"image.failed".to_owned()));
+    // One that takes another's place takes no start for a boot that could be the same guest's.
+    machine.start_anew(&kernel());
+    assert_eq!(machine.reads(), old);
+    machine.start_anew(&firmware());
+    assert_eq!(machine.reads(), new);
 }
 
 #[test]

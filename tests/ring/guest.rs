@@ -211,13 +211,13 @@ impl Guest {
         let [readable, writable] = self.check_lengths(chain, descriptors);
         for (buffer, (address, len)) in chain.readable.iter().zip(readable) {
             let (mut found, mut expected) = (vec![0; len], vec![0; len]);
-            buffer.copy_to_slice(&mut found);
+            buffer.copy_to_slice(&mut found).unwrap();
             self.mmap.read_slice(&mut expected, address).unwrap();
             assert!(found == expected, "the bytes of the readable buffer of {len} at {address:x?}");
         }
         for (number, (buffer, (address, len))) in chain.writable.iter().zip(writable).enumerate() {
             let pattern = &CONTENT[number..number + len];
-            buffer.copy_from_slice(pattern);
+            buffer.copy_from_slice(pattern).unwrap();
             let mut found = vec![0; len];
             self.mmap.read_slice(&mut found, address).unwrap();
             assert!(found == pattern, "the bytes of the writable buffer of {len} at {address:x?}");

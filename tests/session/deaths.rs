@@ -406,6 +406,17 @@ fn a_worker_that_is_stuck_is_replaced() {
 }
 
 #[test]
+fn a_worker_goes_with_its_keeper_also_when_it_is_stopped() {
+    let disk = Disk::new(DISK_BYTES);
+    let mut backend = disk.serve();
+    let worker = backend.worker();
+    send(worker, Signal::STOP);
+    backend.kill();
+    // Some time it would go on with the guest's rings, beside the worker of another backend.
+    wait_until("the worker is gone", || !is_alive(worker));
+}
+
+#[test]
 fn a_failed_sync_is_remembered_over_workers_and_told() {
     let disk = Disk::new(DISK_BYTES);
     let volume = Volume::cow("one", &disk.base(), &disk.delta(), false);

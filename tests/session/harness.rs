@@ -88,7 +88,7 @@ impl Disk {
     #[track_caller]
     pub fn open_volume(&self, delta: &Path) -> Volume {
         let (file, header) = open::open_locked(delta).expect("nobody else holds the delta");
-        let base = File::open(self.base()).and_then(|base| Base::map(&base)).expect("the image");
+        let base = File::open(self.base()).and_then(|base| Base::map(&base, "base".to_owned())).expect("the image");
         let storage = FileStorage::new(file).expect("a storage");
         let delta = Delta::start(storage, "delta".to_owned(), header, Lifetime::Persistent).expect("a whole delta");
         Volume::cow(base, delta)

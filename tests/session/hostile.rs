@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
@@ -351,34 +350,6 @@ fn memory_that_cannot_be_ends_the_session() {
         }
     });
     target.same_worker(worker);
-}
-
-#[test]
-fn guest_memory_that_shrinks_costs_the_session_alone() {
-    let mut target = Target::new();
-    for region in [0, 1] {
-        eprintln!("region {region} shrinks");
-        let mark = target.backend.log().mark();
-        let mut client = Client::start(&target.backend, &Profile::qemu());
-        client.queues[0].read(0, SECTOR);
-        client.queues[0].write(0, &target.model[..SECTOR]);
-        let (place, status) = request(&client);
-        let guest = Arc::clone(&client.guest);
-        // The first region holds the ring; the second, data alone.
-        let data = 16 << 20;
-        client.queues[0].ring.submit(&[
-            Buffer::readable(place, 16),
-            Buffer::writable(data, SECTOR),
-            Buffer::writable(status, 1),
-        ]);
-        let kick = client.queues[0].ring.kick.descriptor.try_clone().expect("a descriptor");
-        guest.file_of(region).set_len(0).expect("the memfd shrinks");
-        // From here on this process must not touch the region either.
-        kick.write(1).expect("an event descriptor");
-        target.backend.log().expect_after(mark, &["worker has died"]);
-        drop(client);
-        target.check("memory that shrinks");
-    }
 }
 
 /// Descriptors for the device to write to that it can only wait on: a full pipe, and an event descriptor at its limit.

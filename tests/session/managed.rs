@@ -28,7 +28,7 @@ pub struct Volume {
 impl Volume {
     /// An image alone.
     pub fn read_only(tag: &str, image: &Path) -> Volume {
-        let spec = VolumeSpec { tag: tag.to_owned(), has_base: true, delta: None, serial: None };
+        let spec = VolumeSpec { tag: tag.to_owned(), base: Some("the image".to_owned()), delta: None, serial: None };
         Volume { spec, base: Some(File::open(image).expect("an image")), delta: None }
     }
 
@@ -131,7 +131,7 @@ pub struct Managed {
 /// How a guest's disk is served, but for the volume.
 pub fn manner() -> Serve {
     Serve {
-        volume: VolumeSpec { tag: String::new(), has_base: false, delta: None, serial: None },
+        volume: VolumeSpec { tag: String::new(), base: None, delta: None, serial: None },
         queues: 4,
         ring_size_max: 1024,
         log_level: 5,
@@ -183,5 +183,5 @@ impl Managed {
 /// The same words, once more.
 fn clone_spec(spec: &VolumeSpec) -> VolumeSpec {
     let delta = spec.delta.as_ref().map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral });
-    VolumeSpec { tag: spec.tag.clone(), has_base: spec.has_base, delta, serial: spec.serial }
+    VolumeSpec { tag: spec.tag.clone(), base: spec.base.clone(), delta, serial: spec.serial }
 }

@@ -22,6 +22,7 @@ mod deaths;
 mod drain;
 mod driver;
 mod full;
+mod gone;
 mod hostile;
 mod lifecycle;
 mod messages;

@@ -24,6 +24,7 @@ use super::harness::{Backend, Disk, PATIENCE, SECTOR, children_of, program, send
 use super::managed::{self, Managed, Volume, Watcher, manner};
 use super::queue::{DISCARD, FLUSH, IN, OUT, Queue, range_bytes};
 use super::raw::{self, RawFrontEnd, state};
+use super::upgrades::upgrade;
 
 const DISK_BYTES: usize = 1 << 20;
 /// Marks in a log: so many that the list of them is no longer copied when it grows, and all over a disk that is so large that
@@ -146,7 +147,7 @@ enum Part {
     Next,
     /// For a guest that comes from elsewhere.
     Incoming,
-    /// Managed, and its volume grows.
+    /// Managed; its volume grows, and it executes another program in its place.
     Managed,
     /// The worker aborts.
     Aborts,
@@ -174,7 +175,9 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
     let mut backend = Backend::start_command(&mut command, &socket);
     is_killed_while(&mut backend, without, |backend| {
         if part == Part::Aborts {
-            backend.wait();
+            if backend.wait().signal() == Some(Signal::SYS.as_raw()) {
+                return Err(Broken);
+            }
             backend.log().expect_after(0, &["died at its start"]);
             return if backend.log().text().contains("SIGABRT") { Ok(()) } else { Err(Broken) };
         }
@@ -201,6 +204,8 @@ fn grow(backend: &mut Backend, mut watcher: Watcher) -> Result<(), Broken> {
     client.settle();
     watcher.ask(&Command::Grow { bytes: 2 * DISK_BYTES as u64 }, &[]);
     channel.next_request();
+    upgrade(&mut watcher);
+    be_served(backend, &mut client)?;
     watcher.ask(&Command::Stop, &[]);
     ends_well(backend)
 }

@@ -242,8 +242,8 @@ impl State {
             let (sector, at) = place(offset + done as u64);
             let part = into.part(done, SECTOR_BYTES - at);
             match self.cache.get(&sector) {
-                Some(contents) => _ = part.copy_from_slice(&contents[at..]),
-                None => part.fill_zero(),
+                Some(contents) => _ = part.copy_from_slice(&contents[at..]).unwrap(),
+                None => part.fill_zero().unwrap(),
             }
             done += part.len();
         }
@@ -300,7 +300,7 @@ impl Storage for Disk {
         let mut bytes = vec![0; total_len_readable(from) as usize];
         let mut at = 0;
         for buffer in from {
-            at += buffer.copy_to_slice(&mut bytes[at..]);
+            at += buffer.copy_to_slice(&mut bytes[at..]).unwrap();
         }
         let mut state = self.state();
         let (done, result) = state.begin();

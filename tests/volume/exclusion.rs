@@ -32,7 +32,7 @@ fn volume() -> Volume<FileStorage> {
     let storage = FileStorage::new(file).unwrap();
     let delta = Delta::start(storage, "delta".to_owned(), header, Lifetime::Persistent).unwrap();
     let all = 0..sectors;
-    Volume::cow(Base::map(&base_file(sectors, std::slice::from_ref(&all))).unwrap(), delta)
+    Volume::cow(Base::map(&base_file(sectors, std::slice::from_ref(&all)), "base".into()).unwrap(), delta)
 }
 
 fn write(volume: &Volume, sectors: Range<u64>, number: u64) {

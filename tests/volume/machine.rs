@@ -139,7 +139,7 @@ impl Machine {
     pub fn open<S: Storage + Clone>(&self, disk: &S) -> Result<Volume<S>, Box<dyn Error>> {
         let delta = Delta::start(disk.clone(), "disk".to_owned(), self.header.clone(), Lifetime::Persistent)?;
         let latch = Latch::shared(SharedNumbers::map(&self.latch, 1)?, 0);
-        Ok(Volume::cow(Base::map(&self.base)?, delta.latching_in(latch)))
+        Ok(Volume::cow(Base::map(&self.base, "base".into())?, delta.latching_in(latch)))
     }
 
     /// Where things lie on the disk.

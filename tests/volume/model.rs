@@ -207,7 +207,7 @@ fn base(shape: Shape, rng: &mut StdRng) -> (Option<File>, Vec<u8>) {
 }
 
 fn map(base: &Option<File>) -> Base {
-    base.as_ref().map_or_else(|| Ok(Base::empty()), Base::map).unwrap()
+    base.as_ref().map_or_else(|| Ok(Base::empty()), |base| Base::map(base, "base".into())).unwrap()
 }
 
 fn start<S: Storage>(storage: S, header: &Header, lifetime: Lifetime) -> Delta<S> {

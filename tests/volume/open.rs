@@ -148,6 +148,21 @@ fn a_second_opener_is_told_who_holds_it() {
     open::open_locked(&path).unwrap();
 }
 
+#[test]
+fn a_lock_that_was_taken_for_somebody_who_goes_is_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.delta");
+    open::create(&path, &blank(1 << 20)).unwrap();
+    // As by a daemon that took it, and gave it to a backend that has died and is not quite gone.
+    let held = open::open_locked(&path).unwrap();
+    let goes = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        drop(held);
+    });
+    open::open_locked(&path).unwrap();
+    goes.join().unwrap();
+}
+
 /// What creating and opening a delta of this size, and a request at its end, asks of the storage.
 fn calls_for(virtual_bytes: u64) -> Counts {
     let disk = Disk::default();

@@ -13,7 +13,7 @@ use pando::block::delta::open::{self, NewDelta};
 use pando::digest::{self, Digest, Origin};
 use pando::sys::socket::{self, SocketKind};
 use pando::units::{ByteCount, ClusterSize, is_whole_sectors};
-use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, Offer, Part};
+use pando::vhost_user::attachment::{AttachedBase, AttachedDelta, Attachment, Endpoint, Offer, Part};
 use pando::vhost_user::counters;
 use pando::vhost_user::device::{SERIAL_BYTES, serial_from};
 
@@ -86,7 +86,7 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
         (None, _) => Some(serial_of_place(options)),
     };
     let attachment = Attachment {
-        part: Part { tag: String::new(), base: base.map(|base| base.file), delta, serial },
+        part: Part { tag: String::new(), base: base.map(OpenBase::attached), delta, serial },
         endpoint,
         offer: Offer {
             queues: options.queues,
@@ -131,6 +131,10 @@ fn open_base(path: &Path) -> anyhow::Result<OpenBase> {
 }
 
 impl OpenBase {
+    fn attached(self) -> AttachedBase {
+        AttachedBase { file: self.file, label: self.path.display().to_string() }
+    }
+
     fn identity(&self, believed: Option<Digest>) -> anyhow::Result<BaseIdentity> {
         if let Some(digest) = believed {
             log::info!("believed, not checked: the digest of {} is {digest}", self.path.display());

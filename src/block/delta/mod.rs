@@ -423,7 +423,7 @@ impl<S: Storage> Delta<S> {
     }
 
     fn io_error(&self, action: &'static str, offset: u64, source: std::io::Error) -> Error {
-        Error::Io { action, file: self.label.clone(), offset, source }
+        Error::of_io(action, &self.label, offset, source)
     }
 }
 

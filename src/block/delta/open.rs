@@ -98,9 +98,10 @@ impl Holder {
         self.process
     }
 
-    /// Whether it is known to run. The kernel names none that has ended and been waited for, and none of another PID namespace.
-    fn is_alive(&self) -> bool {
-        self.process.is_some_and(|process| !command_of(process).is_empty())
+    /// Whether it is known to run, and to have the lock for itself. The kernel names none that has ended and been waited for, and none of
+    /// another PID namespace. This very process took its lock for somebody whom it has given the file, and who is gone or about to go.
+    fn has_it(&self) -> bool {
+        self.process.is_some_and(|process| process != std::process::id() && !command_of(process).is_empty())
     }
 }
 
@@ -227,7 +228,7 @@ pub fn open_locked(path: &Path) -> Result<(File, Header), OpenError> {
     let patience_ends = Instant::now() + LOCK_PATIENCE;
     while !file::try_lock(&file).map_err(io("lock"))? {
         let holder = Holder { process: file::lock_holder(&file) };
-        if holder.is_alive() || Instant::now() > patience_ends {
+        if holder.has_it() || Instant::now() > patience_ends {
             return Err(OpenError::Locked { file: label, holder });
         }
         std::thread::sleep(Duration::from_millis(2));

@@ -9,7 +9,7 @@ use std::path::Path;
 use crate::block::Error;
 use crate::block::storage::FileStorage;
 use crate::sys::file;
-use crate::units::ByteCount;
+use crate::units::{ByteCount, ClusterSize};
 
 use super::check::{Finding, Leaks, Report, check_survey};
 use super::header::HeaderFault;
@@ -84,8 +84,9 @@ pub fn repair(path: &Path) -> Result<(Vec<Repair>, Report), OpenError> {
         for group in found.groups() {
             leaks.of(&group?, |range| {
                 bytes += range.end - range.start;
-                file::punch_hole(&file, range.start, range.end - range.start)
-                    .map_err(io("give space back of", range.start))
+                // A file that was cut off may end within a block, which goes only as a whole.
+                let end = range.end.next_multiple_of(ClusterSize::BYTES_MIN);
+                file::punch_hole(&file, range.start, end - range.start).map_err(io("give space back of", range.start))
             })?;
         }
         if bytes > 0 {

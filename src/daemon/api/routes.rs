@@ -38,7 +38,9 @@ pub fn all() -> OpenApiRouter<Arc<Host>> {
         .routes(routes!(grow_volume))
         .routes(routes!(list_attachments, attach))
         .routes(routes!(show_attachment, detach))
+        .routes(routes!(resume))
         .routes(routes!(list_vms))
+        .routes(routes!(upgrade))
         .routes(routes!(list_deployments, deploy))
         .routes(routes!(show_deployment))
         .routes(routes!(abort_deployment))
@@ -239,6 +241,22 @@ async fn detach(
     At((vm, volume)): At<(String, String)>,
 ) -> Result<StatusCode, Failure> {
     run(host, caller, move |host, caller| host.detach(caller, &vm, &volume)).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+/// Tries a worker once more, where too many have died.
+#[utoipa::path(post, path = "/v1/attachments/{vm}/{volume}/resume", params(("vm" = String, Path, description = "The VM"), ("volume" = String, Path, description = "The volume")), responses((status = 204, description = "Tries a worker once more, where too many have died")))]
+async fn resume(
+    State(host): Shared,
+    caller: Caller,
+    At((vm, volume)): At<(String, String)>,
+) -> Result<StatusCode, Failure> {
+    run(host, caller, move |host, caller| host.resume(caller, &vm, &volume)).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+/// Has every backend go on with the program that is installed now.
+#[utoipa::path(post, path = "/v1/upgrade", responses((status = 200, description = "Has every backend go on with the program that is installed now", body = Vec<Upgraded>)))]
+async fn upgrade(State(host): Shared, caller: Caller) -> Answer<Vec<Upgraded>> {
+    call(host, caller, move |host, caller| host.upgrade(caller)).await
 }
 
 /// The VMs, and what they run.

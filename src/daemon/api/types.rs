@@ -585,6 +585,17 @@ pub struct Status {
     pub memory_bytes: u64,
 }
 
+/// A backend that was to go on with another program.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Upgraded {
+    /// The VM.
+    pub vm: String,
+    /// The volume.
+    pub volume: String,
+    /// Why it goes on with the old one, if it does.
+    pub error: Option<String>,
+}
+
 /// One volume's load, for `pando top`: counts since it was attached.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Load {

@@ -62,9 +62,12 @@ pub enum BackendError {
     /// It said no.
     #[error("the backend refused: {reason}")]
     Refused { reason: String },
-    /// It is gone, or says nothing.
+    /// It says nothing, or nothing that can be understood.
     #[error("the backend does not answer: {reason}")]
     Silent { reason: String },
+    /// It has died. Whoever waits for that is told so, and starts another.
+    #[error("the backend has died")]
+    Gone,
     /// There is none.
     #[error("the backend is not there; it may be starting again")]
     Absent,
@@ -389,7 +392,9 @@ impl Backends {
 
     /// What is known of a backend; `None` when it does not run.
     pub fn view(&self, id: i64) -> Option<Live> {
-        self.running(id).ok().map(|backend| lock(&backend.live).clone())
+        let backend = self.running(id).ok()?;
+        let live = lock(&backend.live).clone();
+        Some(Live { connected: backend.link.has_front_end(), ..live })
     }
 
     /// Whether a backend is at the other end of its connection.
@@ -400,13 +405,6 @@ impl Backends {
     /// Notes that a backend's connection has ended.
     pub fn forget(&self, id: i64) {
         lock(&self.running).remove(&id);
-    }
-
-    /// Notes whether a front end is connected.
-    pub fn note_connected(&self, id: i64, connected: bool) {
-        if let Ok(backend) = self.running(id) {
-            lock(&backend.live).connected = connected;
-        }
     }
 
     /// Notes that what was staged is served.
@@ -441,6 +439,23 @@ impl Backends {
             (Reply::Report(report), _) => Ok(report),
             _ => Err(BackendError::Silent { reason: "another answer came".to_owned() }),
         }
+    }
+
+    /// The backend's program.
+    pub fn program(&self) -> &Path {
+        &self.manner.program
+    }
+
+    /// Has a backend go on with another program.
+    pub fn upgrade(&self, id: i64, program: &File) -> Result<(), BackendError> {
+        self.running(id)?.link.ask(&Command::Upgrade, &[program.as_fd()], END_PATIENCE)?;
+        Ok(())
+    }
+
+    /// Has a backend try another worker at once.
+    pub fn resume(&self, id: i64) -> Result<(), BackendError> {
+        self.running(id)?.link.ask(&Command::Resume, &[], PATIENCE)?;
+        Ok(())
     }
 
     /// Makes a volume larger under its guest.
@@ -502,7 +517,7 @@ impl Backends {
 fn spec_of(part: &Part) -> VolumeSpec {
     VolumeSpec {
         tag: part.tag.clone(),
-        has_base: part.base.is_some(),
+        base: part.base.as_ref().and(part.image).map(|image| format!("the image {image}")),
         delta: part.delta.as_ref().map(|(_, label)| DeltaOrder { label: label.clone(), ephemeral: false }),
         serial: Some(serial_from(&part.serial)),
     }

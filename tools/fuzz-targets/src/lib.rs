@@ -1,7 +1,10 @@
-//! What the fuzz targets share: [`Choices`], which turns a fuzzer's bytes into mostly sensible decisions, and files without a name.
+//! What the fuzz targets share: [`Choices`], which turns a fuzzer's bytes into mostly sensible decisions, files without a name, and a
+//! count of descriptors.
 //!
 //! Bytes of zero, which is also what follows the end of the input, always mean the usual and valid thing, so that
 //! breakage is rare and deliberate and the fuzzer gets past the first check.
+
+pub mod session;
 
 use std::fs::File;
 use std::path::Path;
@@ -66,6 +69,16 @@ impl<'a> Choices<'a> {
         cuts.sort_unstable();
         cuts.windows(2).map(|pair| pair[1] - pair[0]).collect()
     }
+}
+
+/// How many descriptors this process has open.
+pub fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("the kernel tells").count()
+}
+
+/// How many threads this process has.
+pub fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").expect("the kernel tells").count()
 }
 
 /// A file without a name, in memory where that is possible.

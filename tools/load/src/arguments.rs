@@ -24,6 +24,8 @@ pub enum Task {
     Suite(SuiteOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
+    /// Verify work on volumes of all kinds while everything that can happen to them does.
+    Soak(SoakOptions),
     /// Serve a raw file as a backend on the vhost-user-backend crate, to compare with.
     #[command(hide = true)]
     ReferenceBackend(ReferenceOptions),
@@ -189,6 +191,24 @@ pub struct HostOptions {
     /// Seconds that the daemon is watched at rest.
     #[arg(long, default_value_t = 10.0)]
     pub idle_seconds: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct SoakOptions {
+    /// For how long.
+    pub minutes: f64,
+    /// Do again what a run with this seed did, as far as timing allows.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Directory below which this run has its files. They are removed at its end, and kept when it fails.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    /// The program whose daemon is tested; `pando-blk` lies beside it.
+    #[arg(long, default_value = "pando")]
+    pub pando: PathBuf,
+    /// Persistent cow volumes, beside one volume of each other kind.
+    #[arg(long, default_value_t = 3)]
+    pub cow_volumes: usize,
 }
 
 #[derive(Debug, Args)]

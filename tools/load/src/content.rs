@@ -23,12 +23,37 @@ pub fn mismatch(data: &[u8], offset: u64, generation: u32) -> Option<u64> {
     words.find(|(word, at)| **word != word_at(*at, generation)).map(|(_, at)| at)
 }
 
+/// The generation whose bytes `data` begins with, if it is that of any at this place: what `fill` does, backwards.
+pub fn generation_of(data: &[u8], offset: u64) -> Option<u32> {
+    let (word, _) = data.split_first_chunk::<WORD_BYTES>()?;
+    let mut x = u64::from_le_bytes(*word);
+    x = (x ^ x >> 31 ^ x >> 62).wrapping_mul(inverse(SECOND));
+    x = (x ^ x >> 27 ^ x >> 54).wrapping_mul(inverse(FIRST));
+    x = x ^ x >> 30 ^ x >> 60;
+    u32::try_from((x ^ offset).wrapping_mul(inverse(SPREAD))).ok()
+}
+
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+const FIRST: u64 = 0xbf58_476d_1ce4_e5b9;
+const SECOND: u64 = 0x94d0_49bb_1331_11eb;
+
 /// The finaliser of SplitMix64 over place and generation.
 fn word_at(offset: u64, generation: u32) -> [u8; WORD_BYTES] {
-    let mut x = offset ^ u64::from(generation).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let mut x = offset ^ u64::from(generation).wrapping_mul(SPREAD);
+    x = (x ^ x >> 30).wrapping_mul(FIRST);
+    x = (x ^ x >> 27).wrapping_mul(SECOND);
     (x ^ x >> 31).to_le_bytes()
+}
+
+/// What undoes a multiplication by an odd number, modulo 2^64. Each round doubles the bits that are right, of which there are three at first.
+const fn inverse(odd: u64) -> u64 {
+    let mut inverse = odd;
+    let mut bits = 3;
+    while bits < u64::BITS {
+        inverse = inverse.wrapping_mul(2_u64.wrapping_sub(odd.wrapping_mul(inverse)));
+        bits *= 2;
+    }
+    inverse
 }
 
 #[cfg(test)]
@@ -45,6 +70,20 @@ mod tests {
         fill(&mut data[512..1024], 8192 + 512, 4);
         assert_eq!(mismatch(&data, 8192, 3), Some(8192 + 512), "torn");
         assert_eq!(mismatch(&[0; 512], 0, 1), Some(0), "zero");
+    }
+
+    #[test]
+    fn bytes_tell_their_generation_and_others_tell_none() {
+        let mut data = vec![0; 64];
+        for generation in [0, 1, 77, u32::MAX] {
+            for offset in [0, 512, 1 << 40] {
+                fill(&mut data, offset, generation);
+                assert_eq!(generation_of(&data, offset), Some(generation));
+                assert_eq!(generation_of(&data, offset + 8), None, "misplaced");
+            }
+        }
+        assert_eq!(generation_of(&[0x55; 8], 0), None);
+        assert_eq!(generation_of(&[0; 4], 0), None);
     }
 
     #[test]

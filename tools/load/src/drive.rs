@@ -1,9 +1,10 @@
 //! The loop that keeps requests in flight on a set of queues and takes the time of each.
 //!
-//! One thread drives one or more queues, each to its depth. What is asked for is the client's
-//! business; this file owns submission, completion, waiting and counting. Nothing is allocated
-//! while it runs.
+//! One thread drives one or more queues, each to its depth: [`drive`] does so to the end, and [`Drive`] has the steps of it for
+//! whoever has something else to do in between. What is asked for is the client's business; this file owns submission, completion,
+//! waiting and counting. Nothing is allocated while it runs.
 
+use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -81,30 +82,47 @@ struct Flight {
     since: Instant,
 }
 
-struct Drive<'a, C> {
-    queues: &'a mut [Queue],
-    client: &'a mut C,
+/// Queues that are driven, and what is in flight on them.
+pub struct Drive<Q, C> {
+    queues: Q,
+    pub client: C,
     /// By queue, then slot.
     flights: Vec<Vec<Option<Flight>>>,
     in_flight: usize,
-    tally: Tally,
+    pub tally: Tally,
 }
 
 /// Drives `queues` until the client has no more to ask for, or `time` is over and all is answered.
 pub fn drive(queues: &mut [Queue], client: &mut impl Client, wait: Wait, time: Option<Duration>) -> Result<Tally> {
-    let flights = queues.iter().map(|queue| vec![None; queue.slots.depth()]).collect();
-    let drive = Drive { queues, client, flights, in_flight: 0, tally: Tally::default() };
-    drive.run(wait, time)
+    Drive::new(queues, client).run(wait, time)
 }
 
-impl<C: Client> Drive<'_, C> {
+impl<C: Client> Client for &mut C {
+    fn next(&mut self, queue: usize, slot: usize) -> Option<Request> {
+        (**self).next(queue, slot)
+    }
+
+    fn fill(&mut self, request: &Request, memory: &SharedMemory, data: usize) {
+        (**self).fill(request, memory, data);
+    }
+
+    fn done(&mut self, request: &Request, answer: &Answer) -> Result<()> {
+        (**self).done(request, answer)
+    }
+}
+
+impl<Q: AsRef<[Queue]> + AsMut<[Queue]>, C: Client> Drive<Q, C> {
+    /// Drives these queues, on which nothing is in flight.
+    pub fn new(queues: Q, client: C) -> Self {
+        let flights = no_flights(&queues);
+        Self { queues, client, flights, in_flight: 0, tally: Tally::default() }
+    }
+
     fn run(mut self, wait: Wait, time: Option<Duration>) -> Result<Tally> {
         let start = Instant::now();
-        for queue in 0..self.queues.len() {
-            self.queues[queue].ring.disarm();
-            for slot in 0..self.queues[queue].slots.depth() {
-                self.submit(queue, slot, start, None);
-            }
+        for queue in 0..self.flights.len() {
+            self.queues.as_mut()[queue].ring.disarm();
+            self.fill(queue, usize::MAX, start);
             self.publish(queue)?;
         }
         let mut now = start;
@@ -112,7 +130,7 @@ impl<C: Client> Drive<'_, C> {
         let mut spins = 0_u32;
         while self.in_flight > 0 {
             let mut completed = 0;
-            for queue in 0..self.queues.len() {
+            for queue in 0..self.flights.len() {
                 completed +=
                     self.harvest(queue, &mut now, |now| time.is_none_or(|time| now.duration_since(start) < time))?;
             }
@@ -121,7 +139,7 @@ impl<C: Client> Drive<'_, C> {
                 continue;
             }
             match wait {
-                Wait::Call => self.sleep()?,
+                Wait::Call => self.sleep(PATIENCE, None)?,
                 Wait::Poll => {
                     std::hint::spin_loop();
                     spins = spins.wrapping_add(1);
@@ -141,15 +159,34 @@ impl<C: Client> Drive<'_, C> {
         Ok(self.tally)
     }
 
+    /// How many queues are driven.
+    pub fn queues(&self) -> usize {
+        self.flights.len()
+    }
+
+    /// How many requests are in flight on all queues.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Asks the client for requests for the idle ones of a queue's first `slots` slots; they are seen after `publish`.
+    pub fn fill(&mut self, queue: usize, slots: usize, now: Instant) {
+        for slot in 0..self.flights[queue].len().min(slots) {
+            if self.flights[queue][slot].is_none() {
+                self.submit(queue, slot, now, None);
+            }
+        }
+    }
+
     /// Takes all completions that are there, and puts new requests in their places while `more`.
-    fn harvest(&mut self, queue: usize, now: &mut Instant, more: impl Fn(Instant) -> bool) -> Result<usize> {
+    pub fn harvest(&mut self, queue: usize, now: &mut Instant, more: impl Fn(Instant) -> bool) -> Result<usize> {
         let mut completed = 0;
-        while let Some((head, written)) = self.queues[queue].ring.pop() {
+        while let Some((head, written)) = self.queues.as_mut()[queue].ring.pop() {
             if completed == 0 {
                 *now = Instant::now();
             }
             completed += 1;
-            let slot = self.queues[queue].slots.slot_of(head);
+            let slot = self.queues.as_ref()[queue].slots.slot_of(head);
             let flight = slot.and_then(|slot| self.flights[queue][slot].take());
             let (Some(slot), Some(flight)) = (slot, flight) else {
                 bail!("queue {queue}: head {head} completed, which is not in flight");
@@ -162,7 +199,7 @@ impl<C: Client> Drive<'_, C> {
             }
         }
         if completed > 0 {
-            self.queues[queue].ring.disarm();
+            self.queues.as_mut()[queue].ring.disarm();
             self.publish(queue)?;
         }
         Ok(completed)
@@ -170,7 +207,7 @@ impl<C: Client> Drive<'_, C> {
 
     fn complete(&mut self, queue: usize, slot: usize, flight: &Flight, written: u32, now: Instant) -> Result<()> {
         let request = &flight.request;
-        let slots = &self.queues[queue].slots;
+        let slots = &self.queues.as_ref()[queue].slots;
         let status = slots.status(slot);
         ensure!(status == STATUS_OK, "{request:?} failed with status {status}");
         let answer = Answer { written, memory: slots.memory(), data: slots.data(slot) };
@@ -187,7 +224,7 @@ impl<C: Client> Drive<'_, C> {
     /// Asks the client for this slot's next request and pushes it. `since` is when its pair began.
     fn submit(&mut self, queue: usize, slot: usize, now: Instant, since: Option<Instant>) {
         let Some(request) = self.client.next(queue, slot) else { return };
-        let Queue { ring, slots, .. } = &mut self.queues[queue];
+        let Queue { ring, slots, .. } = &mut self.queues.as_mut()[queue];
         slots.turn_buffer(slot);
         if request.operation == Operation::Write {
             self.client.fill(&request, slots.memory(), slots.data(slot));
@@ -197,33 +234,61 @@ impl<C: Client> Drive<'_, C> {
         self.in_flight += 1;
     }
 
-    fn publish(&mut self, queue: usize) -> Result<()> {
-        let Queue { ring, kick, .. } = &mut self.queues[queue];
+    /// Shows the device what was submitted on a queue.
+    pub fn publish(&mut self, queue: usize) -> Result<()> {
+        let Queue { ring, kick, .. } = &mut self.queues.as_mut()[queue];
         if ring.publish() {
             kick.write(1).context("kick")?;
         }
         Ok(())
     }
 
-    /// Sleeps until a queue has completions.
-    fn sleep(&mut self) -> Result<()> {
-        if self.queues.iter_mut().any(|queue| queue.ring.arm()) {
+    /// Sleeps until a queue has completions, `wake` can be read or `timeout` has passed.
+    pub fn sleep(&mut self, timeout: Duration, wake: Option<RawFd>) -> Result<()> {
+        let queues = self.queues.as_mut();
+        if queues.iter_mut().any(|queue| queue.ring.arm()) {
             return Ok(());
         }
-        let mut fds: [libc::pollfd; QUEUES_MAX] = std::array::from_fn(|index| libc::pollfd {
-            fd: self.queues.get(index).map_or(-1, Queue::call_fd),
+        let mut fds: [libc::pollfd; QUEUES_MAX + 1] = std::array::from_fn(|index| libc::pollfd {
+            fd: queues.get(index).map_or(-1, Queue::call_fd),
             events: libc::POLLIN,
             revents: 0,
         });
-        let fds = &mut fds[..self.queues.len()];
-        sys::wait_readable(fds, PATIENCE).context("poll")?;
-        for (queue, fd) in self.queues.iter().zip(fds) {
+        let count = queues.len();
+        fds[count].fd = wake.unwrap_or(-1);
+        let fds = &mut fds[..=count];
+        sys::wait_readable(fds, timeout).context("poll")?;
+        for (queue, fd) in queues.iter().zip(fds) {
             if fd.revents != 0 {
                 // Nothing to read means that the call was spurious: the ring says what is done.
                 let _ = queue.call.read();
             }
         }
         Ok(())
+    }
+}
+
+fn no_flights(queues: &impl AsRef<[Queue]>) -> Vec<Vec<Option<Flight>>> {
+    queues.as_ref().iter().map(|queue| vec![None; queue.slots.depth()]).collect()
+}
+
+impl<C: Client> Drive<Vec<Queue>, C> {
+    /// Goes on with other queues, on which nothing is in flight. What was in flight is forgotten.
+    pub fn replace_queues(&mut self, queues: Vec<Queue>) {
+        self.flights = no_flights(&queues);
+        self.in_flight = 0;
+        self.queues = queues;
+    }
+
+    pub fn queue_mut(&mut self, queue: usize) -> &mut Queue {
+        &mut self.queues[queue]
+    }
+
+    /// Where the buffers of the requests in flight on a queue are.
+    pub fn buffers_in_use(&self, queue: usize) -> impl Iterator<Item = usize> {
+        let slots = &self.queues[queue].slots;
+        let busy = self.flights[queue].iter().enumerate().filter(|(_, flight)| flight.is_some());
+        busy.map(|(slot, _)| slots.data(slot))
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
 //! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
-//! asked for. `suite` compares backends, `process` weighs them; `host` measures the daemon of a host by its API. It knows the
-//! inside of none.
+//! asked for. `suite` compares backends, `process` weighs them; `host` measures the daemon of a host by its API,
+//! and `soak` sees what it and its backends survive. It knows the inside of none.
 
 mod arguments;
+mod connection;
 mod content;
 mod device;
 mod drive;
@@ -17,6 +18,7 @@ mod reference;
 mod request;
 mod ring;
 mod run;
+mod soak;
 mod suite;
 mod sys;
 mod verify;
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Task::Verify(options) => run::verify(&options),
         Task::Suite(options) => suite::run(&options),
         Task::Host(options) => host::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::ReferenceBackend(options) => {
             reference::serve(&options.file, &options.socket_path, options.queues, !options.read_only)
         }

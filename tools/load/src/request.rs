@@ -106,9 +106,11 @@ pub struct Slots {
     cells: usize,
     tables: usize,
     data: usize,
-    /// Which buffer each slot has now, and which comes next.
+    /// Where the buffer is that each slot has now, and which comes next.
     buffer_of: Vec<usize>,
     buffer_next: usize,
+    /// Other buffers, one for each slot, that are used in place of these while they are there.
+    spare: Option<usize>,
 }
 
 impl Slots {
@@ -124,13 +126,15 @@ impl Slots {
         let tables = start + depth * CELL_BYTES;
         let tables_end = tables + depth * shape.descriptors() * DESCRIPTOR_BYTES;
         let shape = Shape { buffers: shape.buffers.max(depth), ..shape };
+        let data = tables_end.next_multiple_of(4096);
         Self {
             memory,
             cells: start,
             tables,
-            data: tables_end.next_multiple_of(4096),
-            buffer_of: (0..depth).collect(),
+            data,
+            buffer_of: (0..depth).map(|slot| data + slot * shape.block_bytes as usize).collect(),
             buffer_next: 0,
+            spare: None,
             shape,
         }
     }
@@ -149,15 +153,25 @@ impl Slots {
 
     /// Where a slot's buffer is in the shared memory.
     pub fn data(&self, slot: usize) -> usize {
-        self.data + self.buffer_of[slot] * self.shape.block_bytes as usize
+        self.buffer_of[slot]
     }
 
     /// Gives a slot its next buffer. With as many buffers as slots each keeps its own.
     pub fn turn_buffer(&mut self, slot: usize) {
-        if self.shape.buffers > self.buffer_of.len() {
-            self.buffer_of[slot] = self.buffer_next;
+        let block_bytes = self.shape.block_bytes as usize;
+        if let Some(spare) = self.spare {
+            self.buffer_of[slot] = spare + slot * block_bytes;
+        } else if self.shape.buffers > self.buffer_of.len() {
+            self.buffer_of[slot] = self.data + self.buffer_next * block_bytes;
             self.buffer_next = (self.buffer_next + 1) % self.shape.buffers;
+        } else {
+            self.buffer_of[slot] = self.data + slot * block_bytes;
         }
+    }
+
+    /// Has requests from now on use buffers that lie from `spare` on, or their own again.
+    pub fn set_spare(&mut self, spare: Option<usize>) {
+        self.spare = spare;
     }
 
     /// Describes `request` in a slot's descriptors and pushes its chain.

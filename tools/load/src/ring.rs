@@ -67,6 +67,11 @@ impl Layout {
         Self { size, descriptors: start, available, used, end }
     }
 
+    /// How far the device has come.
+    pub fn used_index(&self, memory: &SharedMemory) -> u16 {
+        memory.load_u16(self.used + 2, Ordering::Acquire)
+    }
+
     fn used_event(&self) -> usize {
         self.available + RING_HEADER_BYTES + usize::from(self.size) * 2
     }
@@ -77,7 +82,9 @@ impl Layout {
 }
 
 impl Ring {
+    /// An empty ring that starts from nothing, whatever lay in its place.
     pub fn new(memory: Arc<SharedMemory>, layout: Layout, event_idx: bool) -> Self {
+        memory.write(layout.descriptors, &vec![0; layout.end - layout.descriptors]);
         Self { memory, layout, event_idx, available_published: 0, available_next: 0, used_next: 0 }
     }
 
@@ -154,7 +161,7 @@ impl Ring {
     }
 
     fn used_index(&self) -> u16 {
-        self.memory.load_u16(self.layout.used + 2, Ordering::Acquire)
+        self.layout.used_index(&self.memory)
     }
 
     fn set_used_event(&self, index: u16) {

@@ -1,7 +1,7 @@
 //! What the load generator asks of the kernel and of raw memory: the only file here with `unsafe`.
 //!
 //! Owns shared memory (a mapped memfd that the backend maps too), a mapped file to copy from, the
-//! CPU clocks, and a few calls that the standard library lacks. Knows nothing of rings or requests.
+//! CPU clocks, handles of processes, and a few calls that the standard library lacks. Knows nothing of rings or requests.
 //!
 //! Shared memory is only ever reached through atomics (for fields that the backend may touch at the
 //! same time) and through raw copies (for data that nobody touches while a request is not in
@@ -9,10 +9,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -322,6 +322,72 @@ pub fn terminate(pid: u32) -> io::Result<()> {
     if unsafe { libc::kill(pid, libc::SIGTERM) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// A process that stays the one that it is: its number may become another's, this does not.
+#[derive(Debug)]
+pub struct ProcessHandle(OwnedFd);
+
+impl ProcessHandle {
+    pub fn open(pid: u32) -> io::Result<Self> {
+        let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+        // SAFETY: takes two numbers; the result is checked.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just made and has no other owner.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    pub fn send(&self, signal: i32) -> io::Result<()> {
+        let no_details = ptr::null::<libc::siginfo_t>();
+        // SAFETY: the descriptor is open, and null stands for a signal without details.
+        match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal, no_details, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Waits until the process has ended; false when `timeout` passes first.
+    pub fn wait_for_end(&self, timeout: Duration) -> io::Result<bool> {
+        wait_readable(&mut [libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 }], timeout)
+    }
+}
+
+/// Makes this process the parent of descendants whose own parent has ended, so that it can find all of them.
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: takes two numbers.
+    match unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Takes note of the end of a child, if it has ended.
+pub fn bury(pid: u32) {
+    if let Ok(pid) = libc::pid_t::try_from(pid) {
+        // SAFETY: null stands for a status that nobody wants. For what is no child that has ended, nothing happens.
+        unsafe { libc::waitpid(pid, ptr::null_mut(), libc::WNOHANG) };
+    }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Has SIGINT and SIGTERM noted, and nothing else done about them in this process.
+pub fn note_interrupts() {
+    extern "C" fn note(_signal: i32) {
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    }
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: the handler does nothing but store to an atomic, which a signal may interrupt anything for.
+        unsafe { libc::signal(signal, note as extern "C" fn(i32) as libc::sighandler_t) };
+    }
+}
+
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
 /// Drops a file's clean pages from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     // SAFETY: no memory is passed; the descriptor is open.
@@ -357,6 +423,18 @@ mod tests {
         assert_eq!(seen, [1, 2]);
         let outside = std::panic::catch_unwind(|| memory.load_u8(8192));
         assert!(outside.is_err());
+    }
+
+    #[test]
+    fn a_process_has_a_handle_until_after_its_end() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let handle = ProcessHandle::open(child.id()).unwrap();
+        assert!(!handle.wait_for_end(Duration::ZERO).unwrap());
+        handle.send(libc::SIGKILL).unwrap();
+        assert!(handle.wait_for_end(Duration::from_secs(30)).unwrap());
+        child.wait().unwrap();
+        assert_eq!(handle.send(libc::SIGKILL).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        assert!(ProcessHandle::open(child.id()).is_err());
     }
 
     #[test]

@@ -1,13 +1,14 @@
-//! A file that calls itself an image, mostly qcow2 with tables that may say anything: importing it ends in an image whose contents
-//! are what its name says, or in an error, and leaves nothing else, whatever the file holds.
+//! A file that calls itself an image, mostly qcow2 or VMDK with tables that may say anything, sparse or cut off: importing it, from a file or as
+//! an upload, ends in an image whose contents are what its name says, or in an error, and leaves nothing else, whatever the file holds.
 #![no_main]
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use fuzz_targets::{Choices, unnamed_file};
 use libfuzzer_sys::fuzz_target;
-use pando::store::{Source, Store};
+use pando::store::{Format, Source, Store};
 use pando::sys::buffers::Readable;
 use pando::sys::file;
 
@@ -16,18 +17,38 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 
 fuzz_target!(|data: &[u8]| {
     let mut choices = Choices::new(data);
-    let bytes = if choices.sometimes() { any_file(&mut choices) } else { qcow2_file(&mut choices) };
-    let source = unnamed_file();
-    file::write_at(&source, &[Readable::from_slice(&bytes)], 0).unwrap();
-
+    let bytes = match choices.below(8) {
+        0..4 => qcow2_file(&mut choices),
+        4..7 => vmdk_file(&mut choices),
+        _ => any_file(&mut choices),
+    };
     let root = Root::create();
     let store = Store::open(&root.0).unwrap().with_bytes_max(DISK_BYTES_MAX);
     let never = AtomicBool::new(false);
-    if let Ok(imported) = store.import(Source::file(source, "fuzz"), &|_| (), &never, |_| Ok(())) {
-        assert!(imported.bytes <= DISK_BYTES_MAX && imported.bytes.is_multiple_of(512) && imported.bytes > 0);
-        store.open_image(&imported.digest, Some(imported.bytes)).unwrap();
-        store.verify(&imported.digest, &|_| (), &never).unwrap();
-        store.remove(&imported.digest).unwrap();
+    let format = choices.one_of(&[None, None, None, Some(Format::Raw), Some(Format::Qcow2), Some(Format::Vmdk)]);
+    let is_upload = choices.sometimes();
+    let source = || {
+        let source = if is_upload {
+            let mut spool = store.spool().unwrap();
+            bytes.chunks(1000).for_each(|piece| spool.write(piece).unwrap());
+            Source::spooled(spool.finish().unwrap(), "fuzz")
+        } else {
+            Source::file(sparse_file(&bytes), "fuzz")
+        };
+        source.with_format(format)
+    };
+    match store.import(source(), &|_| (), &never, |_| Ok(())) {
+        Err(error) => assert!(!error.to_string().is_empty()),
+        Ok(imported) => {
+            assert!(imported.bytes <= DISK_BYTES_MAX && imported.bytes.is_multiple_of(512) && imported.bytes > 0);
+            assert!(format.is_none_or(|format| format == imported.format));
+            store.open_image(&imported.digest, Some(imported.bytes)).unwrap();
+            store.verify(&imported.digest, &|_| (), &never).unwrap();
+            let again =
+                store.import(source(), &|_| (), &never, |_| Ok(())).expect("what was taken once is taken again");
+            assert!(again.digest == imported.digest && again.was_there);
+            store.remove(&imported.digest).unwrap();
+        }
     }
     assert_eq!(std::fs::read_dir(root.0.join("images")).unwrap().count(), 0, "nothing is left");
 });
@@ -52,10 +73,149 @@ impl Drop for Root {
     }
 }
 
+/// A file with these bytes, and holes where there are many zeros.
+fn sparse_file(bytes: &[u8]) -> File {
+    let source = unnamed_file();
+    source.set_len(bytes.len() as u64).unwrap();
+    for (at, block) in
+        (0..).step_by(4096).zip(bytes.chunks(4096)).filter(|(_, block)| block.iter().any(|byte| *byte != 0))
+    {
+        file::write_at(&source, &[Readable::from_slice(block)], at).unwrap();
+    }
+    source
+}
+
+/// Marks of formats that are told and not read, and where they stand.
+const MARKS: [(usize, &[u8]); 8] = [
+    (0, b""),
+    (0, b"KDMV"),
+    (0, b"QFI\xfb\0\0\0\x02"),
+    (0, b"vhdxfile"),
+    (0x40, b"\x7f\x10\xda\xbe"),
+    (257, b"ustar"),
+    (0, b"\x1f\x8b\x08"),
+    (0, b"# Disk DescriptorFile"),
+];
+
+/// Mostly a raw disk: whole sectors, of anything.
 fn any_file(choices: &mut Choices<'_>) -> Vec<u8> {
-    let mut bytes = vec![0; choices.below(4096) as usize];
-    choices.fill(&mut bytes);
+    let sectors = choices.below(20) * choices.one_of(&[1, 16]);
+    let mut bytes = vec![choices.any(); sectors as usize * 512 + if choices.sometimes() { 1 } else { 0 }];
+    let len = bytes.len().min(600);
+    choices.fill(&mut bytes[..len]);
+    let (at, mark) = choices.one_of(&MARKS);
+    if let Some(place) = bytes.get_mut(at..at + mark.len()) {
+        place.copy_from_slice(mark);
+    }
+    if choices.sometimes() && bytes.len() >= 512 {
+        let last = bytes.len() - 512;
+        bytes[last..last + 8].copy_from_slice(b"conectix");
+    }
     bytes
+}
+
+/// A header, a description, a grain directory, grain tables and grains, of which some numbers are broken.
+fn vmdk_file(choices: &mut Choices<'_>) -> Vec<u8> {
+    let is_compressed = choices.below(2) == 1;
+    let is_at_end = is_compressed && choices.below(2) == 1;
+    let has_zeroed = choices.below(2) == 1;
+    let grain_sectors = choices.one_of(&[8u64, 1, 2, 16, 64]);
+    let sectors_max = if choices.sometimes() { 500 } else { 64 };
+    let sectors = 1 + choices.below(sectors_max);
+    let kind = if is_compressed { "streamOptimized" } else { "monolithicSparse" };
+    let kind = if choices.rarely() { choices.one_of(&["twoGbMaxExtentSparse", "", "vmfs"]) } else { kind };
+    let parent = if choices.rarely() { "12345678" } else { "ffffffff" };
+    let text = format!("# Disk DescriptorFile\nversion=1\nparentCID={parent}\ncreateType=\"{kind}\"\n");
+    let mut file = vec![0; 3 * 512];
+    file[512..512 + text.len()].copy_from_slice(text.as_bytes());
+
+    let tables = sectors.div_ceil(grain_sectors * 512);
+    let directory = file.len() / 512;
+    add_cluster(&mut file, 512);
+    for table in 0..tables.min(4) {
+        let at = add_cluster(&mut file, 512 * 4);
+        put_le(&mut file, directory * 512 + table as usize * 4, at as u64 / 512, 4);
+        for entry in 0..choices.below(12).min(sectors.div_ceil(grain_sectors)) {
+            let value = match choices.below(8) {
+                0 => 0,
+                1 => 1,
+                2 => choices.any::<u32>().into(),
+                3 => choices.below(file.len() as u64 / 512 + 2),
+                _ if (file.len() as u64) < FILE_BYTES_MAX => {
+                    add_grain(choices, &mut file, is_compressed, entry, grain_sectors)
+                }
+                _ => 0,
+            };
+            put_le(&mut file, at + entry as usize * 4, value, 4);
+        }
+    }
+    let flags = 3 | u64::from(has_zeroed) << 2 | if is_compressed { 3 << 16 } else { 0 };
+    let mut header = vec![0; 512];
+    header[..4].copy_from_slice(b"KDMV");
+    for (at, value, len) in [
+        (4, choices.one_of(&[1, 2, 3]), 4),
+        (8, flags, 4),
+        (12, sectors, 8),
+        (20, grain_sectors, 8),
+        (28, 1, 8),
+        (36, 2, 8),
+        (44, 512, 4),
+        (56, directory as u64, 8),
+        (77, u64::from(is_compressed), 2),
+    ] {
+        put_le(&mut header, at, value, len);
+    }
+    while choices.rarely() {
+        let at = choices.one_of(&[4, 8, 10, 12, 20, 28, 36, 44, 56, 77]);
+        header[at] = choices.any();
+    }
+    file[..512].copy_from_slice(&header);
+    if is_at_end {
+        // The first header says that there is another, ahead of the last sector.
+        put_le(&mut file, 56, u64::MAX, 8);
+        file.extend(header);
+        add_cluster(&mut file, 512);
+    }
+    if choices.sometimes() {
+        file.truncate(choices.below(file.len() as u64) as usize);
+    }
+    file
+}
+
+/// Puts a grain behind what there is, and gives its sector.
+fn add_grain(
+    choices: &mut Choices<'_>,
+    file: &mut Vec<u8>,
+    is_compressed: bool,
+    entry: u64,
+    grain_sectors: u64,
+) -> u64 {
+    let bytes = grain_sectors as usize * 512;
+    let at = add_cluster(file, bytes as u64 + if is_compressed { 512 } else { 0 });
+    if !is_compressed {
+        choices.fill(&mut file[at..at + 64]);
+        return at as u64 / 512;
+    }
+    put_le(file, at, entry * grain_sectors, 8);
+    // As zlib has it: two bytes of its own, one block of deflate that is stored as it is, and a sum over that.
+    let content = choices.any::<u8>();
+    let len = (bytes as u16).to_le_bytes();
+    let mut packed = vec![0x78, 0x01, 1, len[0], len[1], !len[0], !len[1]];
+    packed.extend(vec![content; bytes]);
+    let sum = packed[7..].iter().fold((1u32, 0u32), |(a, b), byte| {
+        let a = (a + u32::from(*byte)) % 65521;
+        (a, (b + a) % 65521)
+    });
+    packed.extend((sum.1 << 16 | sum.0).to_be_bytes());
+    if choices.sometimes() {
+        let at = choices.below(16) as usize;
+        packed[at] = choices.any();
+    }
+    let said = if choices.rarely() { choices.any::<u32>().into() } else { packed.len() as u64 };
+    put_le(file, at + 8, said, 4);
+    let room = (file.len() - at - 12).min(packed.len());
+    file[at + 12..at + 12 + room].copy_from_slice(&packed[..room]);
+    at as u64 / 512
 }
 
 /// A header, an L1 table, L2 tables and data, in clusters of their own, of which some numbers are broken.
@@ -141,6 +301,10 @@ fn add_cluster(file: &mut Vec<u8>, bytes: u64) -> usize {
     let at = file.len();
     file.resize(at + bytes as usize, 0);
     at
+}
+
+fn put_le(file: &mut [u8], at: usize, value: u64, len: usize) {
+    file[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
 }
 
 fn put32(file: &mut [u8], at: usize, value: u32) {

@@ -10,10 +10,11 @@ use libfuzzer_sys::fuzz_target;
 use pando::block::base::Base;
 use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::{self, Delta, Lifetime};
-use pando::digest::Digest;
 use pando::block::storage::FileStorage;
 use pando::block::{Batch, Volume};
+use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
+use pando::sys::guest::GuestMemory;
 use pando::units::ClusterSize;
 use pando::vhost_user::request::{self, Outcome, Status};
 use pando::vhost_user::ring::Chain;
@@ -127,7 +128,7 @@ impl Disk {
     }
 
     fn open(&self) -> Volume {
-        let base = Base::map(&BASE).unwrap();
+        let base = Base::map(&BASE, "base".into()).unwrap();
         let Some((file, header)) = &self.delta else { return Volume::read_only(base) };
         let storage = FileStorage::new(file.try_clone().unwrap()).unwrap();
         let delta = Delta::start(storage, "fuzz".into(), header.clone(), Lifetime::Persistent).unwrap();
@@ -192,10 +193,10 @@ impl Disk {
             rest = behind;
         }
         let volume = self.volume.as_ref().unwrap();
-        let Outcome { status_place, result, data_bytes, .. } = request::execute(&mut chain, volume, &SERIAL, batch);
+        let Outcome { status_place, result, data_bytes, .. } = request::execute(&mut chain, &GuestMemory::default(), volume, &SERIAL, batch);
         let has_place = status_place.is_some();
         if let Some(place) = status_place {
-            assert_eq!(place.copy_from_slice(&[0x55]), 1);
+            assert_eq!(place.copy_from_slice(&[0x55]), Ok(1));
         }
         assert_eq!(has_place, writable > 0);
 

@@ -143,7 +143,7 @@ fn run_anywhere(choices: &mut Choices<'_>, usual: RingPlace, index: u16, event_i
         let _ = ring.chain(head, &WORLD.memory, &mut chain);
         // Here the device may well write upon the ring itself.
         if choices.below(4) == 0 {
-            chain.writable.iter().for_each(|buffer| buffer.fill_zero());
+            chain.writable.iter().for_each(|buffer| buffer.fill_zero().unwrap());
         }
         ring.complete(head, choices.any());
         ring.publish();
@@ -254,7 +254,7 @@ impl Pair {
         let mut found = Vec::new();
         for buffer in &chain.readable {
             let mut bytes = vec![0; buffer.len()];
-            buffer.copy_to_slice(&mut bytes);
+            buffer.copy_to_slice(&mut bytes).unwrap();
             found.extend(bytes);
         }
         let mut bytes = Vec::new();

@@ -13,8 +13,36 @@ use serde_json::Value;
 /// How long the daemon may take to answer.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// What the daemon answered.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub body: Value,
+}
+
+impl Answer {
+    /// Whether it is what was asked for.
+    pub fn is_success(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
+
+    /// Why it is not.
+    pub fn reason(&self) -> &str {
+        self.body["detail"].as_str().unwrap_or("without a reason")
+    }
+}
+
 /// Asks, and gives the answer; a failure when the daemon says that it is one.
 pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+    let answer = ask(socket, method, path, body)?;
+    if !answer.is_success() {
+        bail!("{method} {path}: {}, {}", answer.status, answer.reason());
+    }
+    Ok(answer.body)
+}
+
+/// Asks, and gives the answer, whatever it is; a failure when there is none.
+pub fn ask(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Result<Answer> {
     let what = || format!("{method} {path}");
     let mut stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -28,10 +56,7 @@ pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Re
     stream.read_to_end(&mut answer).with_context(what)?;
     let (status, body) = parse(&answer).with_context(what)?;
     let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).with_context(what)? };
-    match status {
-        200..300 => Ok(body),
-        _ => bail!("{}: {status}, {}", what(), body["detail"].as_str().unwrap_or("without a reason")),
-    }
+    Ok(Answer { status, body })
 }
 
 /// The status and the body of an answer that has come to its end.

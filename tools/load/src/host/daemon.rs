@@ -18,6 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 
 pub struct Daemon {
+    pando: PathBuf,
+    directory: PathBuf,
     child: Child,
     /// Its sockets; in a place of its own, because a socket's path is short.
     run: PathBuf,
@@ -25,34 +27,42 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `pando daemon` with all that it keeps below `directory`.
-    pub fn start(pando: &Path, directory: &Path) -> Result<Self> {
-        let run = std::env::temp_dir().join(format!("pando-bench-{}", std::process::id()));
+    /// Starts `pando daemon` with all that it keeps below `directory`, and its sockets where `purpose` says what for.
+    pub fn start(pando: &Path, directory: &Path, purpose: &str) -> Result<Self> {
+        let run = run_directory(purpose);
         let log = directory.join("daemon.log");
-        let output = File::create(&log)?;
-        let child = Command::new(pando)
-            .arg("daemon")
-            .arg("--state-dir")
-            .arg(directory.join("state"))
-            .arg("--run-dir")
-            .arg(&run)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .spawn()
-            .with_context(|| format!("cannot run {}", pando.display()))?;
-        let mut daemon = Self { child, run, log };
+        File::create(&log)?;
+        let child = spawn(pando, directory, &run, &log)?;
+        let mut daemon = Self { pando: pando.to_owned(), directory: directory.to_owned(), child, run, log };
+        daemon.wait_until_ready()?;
+        Ok(daemon)
+    }
+
+    /// Ends the daemon with SIGKILL, and nothing that it has started.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("SIGKILL")?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts another one in place of one that has ended.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.child = spawn(&self.pando, &self.directory, &self.run, &self.log)?;
+        self.wait_until_ready()
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
         let since = Instant::now();
-        while daemon.call("GET", "/v1/status", None).is_err() {
-            if let Some(status) = daemon.child.try_wait()? {
-                bail!("the daemon ended before it was ready: {status}\n{}", daemon.said());
+        while self.call("GET", "/v1/status", None).is_err() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the daemon ended before it was ready: {status}\n{}", self.said());
             }
             if since.elapsed() > PATIENCE {
-                bail!("the daemon is not ready after {PATIENCE:?}\n{}", daemon.said());
+                bail!("the daemon is not ready after {PATIENCE:?}\n{}", self.said());
             }
             thread::sleep(LOOK_INTERVAL);
         }
-        Ok(daemon)
+        Ok(())
     }
 
     /// Where its API is.
@@ -75,8 +85,13 @@ impl Daemon {
 
     /// Imports a file; gives the image's digest, and the time until it was durable.
     pub fn import(&self, path: &Path) -> Result<(String, Duration)> {
+        self.import_as(path, None)
+    }
+
+    /// As [`Daemon::import`], with a name for people.
+    pub fn import_as(&self, path: &Path, version: Option<&str>) -> Result<(String, Duration)> {
         let since = Instant::now();
-        let mut job = self.call("POST", "/v1/images", Some(&json!({ "path": path })))?;
+        let mut job = self.call("POST", "/v1/images", Some(&json!({ "path": path, "version": version })))?;
         let number = job["id"].as_i64().context("a job has a number")?;
         while job["state"] == "running" {
             // Not by waiting for its progress, which there is very often: that would take time from it.
@@ -112,13 +127,16 @@ impl Daemon {
     pub fn stop(&mut self) -> Result<()> {
         sys::terminate(self.child.id()).context("SIGTERM")?;
         let since = Instant::now();
-        while self.child.try_wait()?.is_none() {
-            if since.elapsed() > PATIENCE {
-                bail!("the daemon is still there {PATIENCE:?} after SIGTERM\n{}", self.said());
+        loop {
+            match self.child.try_wait()? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("the daemon ended with {status}\n{}", self.said()),
+                None if since.elapsed() > PATIENCE => {
+                    bail!("the daemon is still there {PATIENCE:?} after SIGTERM\n{}", self.said())
+                }
+                None => thread::sleep(LOOK_INTERVAL),
             }
-            thread::sleep(LOOK_INTERVAL);
         }
-        Ok(())
     }
 }
 
@@ -132,4 +150,24 @@ impl Drop for Daemon {
         }
         let _ = fs::remove_dir_all(&self.run);
     }
+}
+
+/// Where the daemon of this process has its sockets.
+pub fn run_directory(purpose: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("pando-{purpose}-{}", std::process::id()))
+}
+
+fn spawn(pando: &Path, directory: &Path, run: &Path, log: &Path) -> Result<Child> {
+    let output = File::options().append(true).open(log).with_context(|| log.display().to_string())?;
+    Command::new(pando)
+        .arg("daemon")
+        .arg("--state-dir")
+        .arg(directory.join("state"))
+        .arg("--run-dir")
+        .arg(run)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .spawn()
+        .with_context(|| format!("cannot run {}", pando.display()))
 }

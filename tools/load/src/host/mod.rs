@@ -3,8 +3,8 @@
 //! Everything is asked for as any client does, over the API's socket ([`api`]) or by the command line; what it takes is seen from
 //! outside. Owns the order of events; [`report`] prints what was found.
 
-mod api;
-mod daemon;
+pub mod api;
+pub mod daemon;
 mod import;
 mod report;
 
@@ -86,7 +86,7 @@ impl Drop for Site {
 
 pub fn run(options: &HostOptions) -> Result<()> {
     let site = Site::new(options)?;
-    let mut daemon = Daemon::start(&options.pando, &site.0)?;
+    let mut daemon = Daemon::start(&options.pando, &site.0, "bench")?;
     let measured = measure(options, &site, &daemon);
     let figures = measured.with_context(|| format!("the daemon said:\n{}", daemon.said()))?;
     daemon.stop()?;

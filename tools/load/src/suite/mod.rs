@@ -21,6 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::arguments::SuiteOptions;
+use crate::content;
 use crate::device::{Greeting, Setup};
 use crate::drive::{self, Wait};
 use crate::process::Backend;
@@ -210,7 +211,7 @@ impl Suite<'_> {
         for queue in &mut device.queues {
             queue.reshape(CHECK_BLOCK_BYTES, CHECK_DEPTH, 0)?;
         }
-        let base = Base::Content(BASE_BYTES);
+        let base = Base::Content { generation: content::BASE, bytes: BASE_BYTES };
         let config = device.config;
         let mut verifier = Verifier::new(config, base, CHECK_RANGE_BYTES, CHECK_BLOCK_BYTES, 1);
         verifier.start_random(CHECK_REQUESTS);
