@@ -251,7 +251,7 @@ struct Keeper<'k> {
     service: &'k Mutex<Service>,
     endpoint: Endpoint,
     /// The connection, while there is one.
-    stream: Option<UnixStream>,
+    stream: Option<Arc<UnixStream>>,
 }
 
 /// What ended a wait.
@@ -264,7 +264,12 @@ struct Woken {
 }
 
 enum Next {
-    Connection { stream: UnixStream, last: bool },
+    /// The connection, and the same once more for the protocol's code.
+    Connection {
+        stream: UnixStream,
+        copy: UnixStream,
+        last: bool,
+    },
     Stopped,
 }
 
@@ -275,16 +280,14 @@ impl<'k> Keeper<'k> {
 
     fn serve(mut self) -> Result<(), KeeperError> {
         loop {
-            let (stream, last) = match self.next_connection()? {
-                Next::Connection { stream, last } => (stream, last),
+            let (stream, copy, last) = match self.next_connection()? {
+                Next::Connection { stream, copy, last } => (stream, copy, last),
                 Next::Stopped => break,
             };
             log::info!("a front end has connected");
             self.service().note_connected(true);
             self.service().tell(Event::Connected);
             let session = Arc::new(Mutex::new(Session::new(self.service)));
-            let copy =
-                stream.try_clone().map_err(|source| KeeperError::System { action: "use the connection", source })?;
             let handler = BackendReqHandler::from_stream(copy, Arc::clone(&session));
             let end = self.converse(stream, handler, session)?;
             if self.conclude(end) || last {
@@ -329,7 +332,7 @@ impl<'k> Keeper<'k> {
             Endpoint::Connected(stream) => (keeping.keep(stream), false),
         };
         let session = match (session, &self.stream) {
-            (Some(session), Some(stream)) => Some(session.freeze(stream, &mut keeping)),
+            (Some(session), Some(stream)) => Some(session.freeze(stream.as_ref(), &mut keeping)),
             _ => None,
         };
         let state = State {
@@ -382,7 +385,8 @@ impl<'k> Keeper<'k> {
         let system = |source| KeeperError::System { action: "use the connection", source };
         let listener = match &self.endpoint {
             Endpoint::Connected(stream) => {
-                return Ok(Next::Connection { stream: stream.try_clone().map_err(system)?, last: true });
+                let copy = || stream.try_clone().map_err(system);
+                return Ok(Next::Connection { stream: copy()?, copy: copy()?, last: true });
             }
             Endpoint::Listening(listener) => listener.try_clone().map_err(system)?,
         };
@@ -394,10 +398,10 @@ impl<'k> Keeper<'k> {
             if !woken.other {
                 continue;
             }
-            match listener.accept() {
-                Ok((stream, _)) => {
+            match listener.accept().and_then(|(stream, _)| stream.try_clone().map(|copy| (stream, copy))) {
+                Ok((stream, copy)) => {
                     stream.set_nonblocking(false).map_err(system)?;
-                    return Ok(Next::Connection { stream, last: false });
+                    return Ok(Next::Connection { stream, copy, last: false });
                 }
                 // It has gone again, or this process has no room for it right now: there will be another.
                 Err(error) => {
@@ -415,8 +419,8 @@ impl<'k> Keeper<'k> {
         mut handler: Handler<'k>,
         session: Arc<Mutex<Session<'k>>>,
     ) -> Result<End, KeeperError> {
-        let copy = stream.try_clone().map_err(|source| KeeperError::System { action: "use the connection", source })?;
-        self.stream = Some(copy);
+        let stream = Arc::new(stream);
+        self.stream = Some(Arc::clone(&stream));
         let end = loop {
             if let Some(end) = self.wait_for_message(&stream, &session)? {
                 break end;

@@ -33,7 +33,10 @@ fn run(machine: &mut Machine, history: &[Step]) {
         let Err(error) = result else { continue };
         match error.downcast_ref::<Error>() {
             Some(Error::Latched { .. }) => assert!(is_latched),
-            Some(Error::Io { .. }) => is_latched |= matches!(step, Step::Flush),
+            // A map that finds no room is written by the next flush; whatever else goes wrong in one is not known to be safe.
+            Some(error @ Error::Io { action, .. }) => {
+                is_latched |= matches!(step, Step::Flush) && !(error.is_full() && action.contains("map"));
+            }
             _ => assert!(matches!(step, Step::Reopen | Step::Kill | Step::HandOver), "{step:?}: {error}"),
         }
         if matches!(step, Step::Reopen | Step::Kill | Step::HandOver) {

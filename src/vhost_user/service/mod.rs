@@ -5,257 +5,36 @@
 //! tells the new one what it told the last. No two workers live with the same delta: the last one's process is waited for first. Knows no
 //! messages of vhost-user.
 
-use std::collections::VecDeque;
+mod deaths;
+mod handing_over;
+mod space;
+mod worker_process;
+
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crate::block::delta::{grow, open};
-use crate::sys::process::Running;
-use crate::sys::socket::PacketListener;
-use crate::sys::{file, process, socket};
-use crate::units::ByteCount;
+use crate::sys::socket;
 
-use super::attachment::{AttachedDelta, Offer, Part};
-use super::boot::{History, Start};
-use super::control::{self, Command, Controllers, Event, Reply, Report, Said};
-use super::conversation::{Conversation, ConversationError, Descriptors};
-use super::device::{self, Device, SERIAL_BYTES};
-use super::handover::{HandoverError, Keeping, ServiceState};
-use super::inflight::{self, RegionShape};
-use super::order::{Answer, DeltaOrder, Opened, Order, RingStop, VolumeOrder};
-use super::ring::RingPlace;
-use super::sandbox;
-use super::vitals::{self, Watch};
+use crate::vhost_user::attachment::{AttachedDelta, Offer, Part};
+use crate::vhost_user::boot::{History, Start};
+use crate::vhost_user::control::{self, Command, Controllers, Event, Reply, Report, Said};
+use crate::vhost_user::conversation::Descriptors;
+use crate::vhost_user::device::{self, Device, SERIAL_BYTES};
+use crate::vhost_user::inflight::{self, RegionShape};
+use crate::vhost_user::order::{Answer, Opened, Order, RingStop};
+use crate::vhost_user::ring::RingPlace;
+use crate::vhost_user::sandbox;
+use crate::vhost_user::vitals::{self, Watch};
 
-/// Why the worker did not do what it was asked to.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// The conversation failed; most often because the worker is gone.
-    #[error("the worker did not answer")]
-    Conversation(#[from] ConversationError),
-    /// It said why.
-    #[error("{reason}")]
-    Refused { reason: String },
-    /// It answered something else.
-    #[error("the worker answered another question")]
-    Answer,
-    /// It could not be started.
-    #[error("cannot start the worker")]
-    Start(#[source] io::Error),
-    /// It could not be waited for.
-    #[error("cannot wait for the worker")]
-    Wait(#[source] io::Error),
-    /// There is nothing that could become larger.
-    #[error("the volume is as large as its image: only one with a delta grows")]
-    NoDelta,
-    /// There is none right now.
-    #[error("there is no worker")]
-    Absent,
-    /// There is none until an operator acts or a while has passed.
-    #[error("too many workers have died: held")]
-    Held,
-    /// Asked to stop while there was none.
-    #[error("asked to stop")]
-    Stopped,
-    /// The driver has been told what kind of disk it has.
-    #[error("it is {found}, and the driver has been told that its disk is {told}")]
-    Kind { found: &'static str, told: &'static str },
-    /// The delta cannot be had, or could not become larger.
-    #[error(transparent)]
-    Open(#[from] open::OpenError),
-    /// The delta's lock could not be let go.
-    #[error("cannot unlock the delta")]
-    Lock(#[source] io::Error),
-}
-
-impl WorkerError {
-    /// Whether the worker is gone, or does not say anything that can be understood, which is as good.
-    pub fn is_death(&self) -> bool {
-        matches!(self, WorkerError::Conversation(_) | WorkerError::Answer | WorkerError::Absent)
-    }
-}
-
-/// The keeper's side of a worker process.
-struct Worker {
-    conversation: Conversation,
-    process: Running,
-}
+use deaths::Deaths;
+use space::Space;
+use worker_process::Worker;
+pub use worker_process::WorkerError;
 
 /// How long to wait for another backend to leave a delta whose guest is here by now.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
-
-/// How long a worker may take over an order when none of its queues is stuck. What an order waits for is what the queues do.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
-
-impl Worker {
-    /// Starts a worker for a volume.
-    fn start(part: &Part, offer: &Offer, counters: &File, watch: &mut Watch) -> Result<(Worker, Opened), WorkerError> {
-        Worker::execute()?.open(part, offer, counters, watch)
-    }
-
-    /// Starts a worker that waits to be told what to serve.
-    fn execute() -> Result<Worker, WorkerError> {
-        let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
-        let process =
-            process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        Ok(Worker { conversation, process })
-    }
-
-    /// Has it open a volume.
-    fn open(
-        mut self,
-        part: &Part,
-        offer: &Offer,
-        counters: &File,
-        watch: &mut Watch,
-    ) -> Result<(Worker, Opened), WorkerError> {
-        let delta = part.delta.as_ref();
-        let order = VolumeOrder {
-            base: part.base.as_ref().map(|base| base.label.clone()),
-            delta: delta.map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral }),
-            queues: offer.queues,
-            serial: part.serial,
-            hold_ms: offer.hold.as_millis() as u64,
-            log_level: log::max_level() as u8,
-            boot: process::boot_id().map_err(WorkerError::Start)?,
-        };
-        let result = {
-            let ours = [counters].into_iter().chain(watch.files());
-            let files: Vec<OwnedFd> = ours
-                .map(|file| file.as_fd().try_clone_to_owned())
-                .collect::<io::Result<_>>()
-                .map_err(WorkerError::Start)?;
-            let descriptors: Vec<BorrowedFd> = files.iter().map(AsFd::as_fd).chain(part.descriptors()).collect();
-            self.exchange(watch, &Order::Open(order), &descriptors)
-        };
-        match result {
-            Ok(Answer::Opened(opened)) => Ok((self, opened)),
-            other => {
-                // Whatever it is at: nobody else may open the delta while it lives.
-                let status = self.end()?;
-                if !status.success() {
-                    log::error!("the worker has died at its start ({status}){}", sandbox::remark_on(status));
-                }
-                Err(other.err().unwrap_or(WorkerError::Answer))
-            }
-        }
-    }
-
-    fn exchange(
-        &mut self,
-        watch: &mut Watch,
-        order: &Order,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Answer, WorkerError> {
-        self.conversation.send(order, descriptors)?;
-        self.wait_for_answer(watch)?;
-        let (answer, descriptors) = self.conversation.receive()?;
-        descriptors.finish()?;
-        match answer {
-            Answer::Failed(reason) => Err(WorkerError::Refused { reason }),
-            answer => Ok(answer),
-        }
-    }
-
-    /// Waits until there is an answer or none will come. A worker that is stuck is killed, which is as good as its death.
-    fn wait_for_answer(&mut self, watch: &mut Watch) -> Result<(), WorkerError> {
-        const SLICE_MS: i32 = 1000;
-        let ends = Instant::now() + ANSWER_PATIENCE;
-        let mut killed = false;
-        loop {
-            let found = socket::wait_readable([Some(self.conversation.as_fd())], if killed { -1 } else { SLICE_MS });
-            if found.map_err(WorkerError::Wait)?[0] {
-                return Ok(());
-            }
-            let stuck = watch.look().map(|ring| format!("ring {ring} is stuck in a batch"));
-            let silent = (Instant::now() > ends && !watch.is_busy()).then(|| "it does not answer".to_owned());
-            if let Some(reason) = stuck.or(silent) {
-                log::error!("the worker is killed: {reason}");
-                self.process.kill();
-                killed = true;
-            }
-        }
-    }
-
-    /// Sees that the process is gone, and says how it went.
-    fn end(self) -> Result<ExitStatus, WorkerError> {
-        self.process.kill();
-        self.process.wait().map_err(WorkerError::Wait)
-    }
-
-    /// Has it make everything durable and end. One that refuses is given back: it goes on.
-    fn close(mut self, watch: &mut Watch) -> Result<(), (WorkerError, Option<Worker>)> {
-        let answer = self.exchange(watch, &Order::Close, &[]);
-        if let Err(error @ WorkerError::Refused { .. }) = answer {
-            return Err((error, Some(self)));
-        }
-        // It ends by itself, unless it does not answer.
-        if answer.is_err() {
-            self.process.kill();
-        }
-        let status = self.process.wait().map_err(|error| (WorkerError::Wait(error), None))?;
-        if !status.success() {
-            log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
-        }
-        answer.map(drop).map_err(|error| (error, None))
-    }
-}
-
-/// The deaths of workers, to tell a worker that dies again and again from one that was killed.
-struct Deaths {
-    taken_over: Instant,
-    /// In a row, each soon after taking over and without having got any further.
-    in_vain: u32,
-    recent: VecDeque<Instant>,
-}
-
-impl Deaths {
-    /// A worker that dies so soon after taking over may have died of what it took over.
-    const SOON: Duration = Duration::from_secs(10);
-    const IN_VAIN_MAX: u32 = 5;
-    /// So many within that time are too many in any case: one that dies of one ring's request gets further on others.
-    const RECENT_MAX: usize = 300;
-    /// How long no other worker is started then.
-    const HOLD: Duration = Duration::from_secs(60);
-
-    fn none() -> Deaths {
-        Deaths { taken_over: Instant::now(), in_vain: 0, recent: VecDeque::new() }
-    }
-
-    fn note(&mut self, got_further: bool) {
-        let now = Instant::now();
-        let in_vain = !got_further && now - self.taken_over < Self::SOON;
-        self.in_vain = if in_vain { self.in_vain + 1 } else { 0 };
-        self.recent.push_back(now);
-        while self.recent.front().is_some_and(|death| now - *death > Self::SOON) {
-            self.recent.pop_front();
-        }
-    }
-
-    fn are_too_many(&self) -> bool {
-        self.in_vain >= Self::IN_VAIN_MAX || self.recent.len() >= Self::RECENT_MAX
-    }
-}
-
-/// What has been told of the delta's file system.
-struct Space {
-    is_full: bool,
-    last_full: Instant,
-    is_low: bool,
-    next_look: Instant,
-}
-
-impl Space {
-    /// A file system with less than this left, or less than a twentieth if that is smaller, is worth a warning.
-    const LOW_WATER: u64 = 1 << 30;
-    /// For so long no request may have waited: a ring that stops, or a worker that dies, interrupts the wait.
-    const SETTLED_AFTER: Duration = Duration::from_millis(900);
-    /// Looked at when something is waited for, and no more often than this.
-    const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-}
 
 /// What a volume is, as far as its delta's header says.
 fn describe(delta: &AttachedDelta, serial: Option<[u8; SERIAL_BYTES]>) -> Result<Opened, WorkerError> {
@@ -354,7 +133,7 @@ impl Service {
             watch,
             deaths: Deaths::none(),
             latch_told: false,
-            space: Space { is_full: false, last_full: Instant::now(), is_low: false, next_look: Instant::now() },
+            space: Space::unknown(),
             device,
             part,
             staged: None,
@@ -452,33 +231,6 @@ impl Service {
             let file = self.part.delta.as_ref().map_or(String::new(), |delta| delta.label.clone());
             log::error!("{file}: a sync has failed; writes and flushes are refused until the backend is started again");
             self.tell(Event::Latched { file });
-        }
-    }
-
-    /// Tells when requests begin to wait for room and when none waits any more, and ahead of that, when there is little left.
-    fn tell_space(&mut self) {
-        let (held, now) = (self.watch.held(), Instant::now());
-        if held > 0 {
-            self.space.last_full = now;
-            if !std::mem::replace(&mut self.space.is_full, true) {
-                log::error!("the delta's file system is full: {held} requests wait for room");
-                self.tell(Event::Full { held });
-            }
-        } else if self.space.is_full && now - self.space.last_full >= Space::SETTLED_AFTER {
-            self.space.is_full = false;
-            log::info!("there is room again in the delta's file system: no request waits");
-            self.tell(Event::SpaceBack);
-        }
-        let Some(delta) = self.part.delta.as_ref().filter(|_| now >= self.space.next_look) else { return };
-        self.space.next_look = now + Space::LOOK_INTERVAL;
-        // A file system that does not say is none that is nearly full.
-        let Ok(found) = file::space(&delta.file) else { return };
-        let low_water = Space::LOW_WATER.min(found.all / 20);
-        if found.free >= low_water {
-            self.space.is_low = false;
-        } else if !std::mem::replace(&mut self.space.is_low, true) {
-            log::warn!("the delta's file system has {} left", ByteCount(found.free));
-            self.tell(Event::LowSpace { bytes: found.free });
         }
     }
 
@@ -727,98 +479,6 @@ impl Service {
                 self.replace()
             }
         }
-    }
-
-    /// All that another program needs to know to go on here.
-    pub fn freeze(&self, keeping: &mut Keeping) -> ServiceState {
-        let [vitals, _] = self.watch.files();
-        let description = self.device.description();
-        let [listener, controller] = self.management.controllers.descriptors();
-        ServiceState {
-            worker: self.worker.as_ref().map(|worker| (worker.process.number(), keeping.keep(&worker.conversation))),
-            elsewhere: self.elsewhere,
-            latch_told: self.latch_told,
-            vitals: keeping.keep(vitals),
-            counters: keeping.keep(&self.counters),
-            inflight: self.inflight.as_ref().map(|own| (own.shape, keeping.keep(&own.file))),
-            part: self.part.freeze(keeping),
-            staged: self.staged.as_ref().map(|part| part.freeze(keeping)),
-            history: self.history.clone(),
-            queues: self.offer.queues,
-            ring_size_max: self.offer.ring_size_max,
-            hold_ms: self.offer.hold.as_millis() as u64,
-            bytes: description.bytes,
-            read_only: description.read_only,
-            cluster_bytes: description.cluster_bytes,
-            serial: description.serial,
-            writeback: self.device.writeback(),
-            name: self.management.name.clone(),
-            controllers: (
-                listener.map(|listener| keeping.keep(&listener)),
-                controller.map(|controller| keeping.keep(&controller)),
-            ),
-        }
-    }
-
-    /// The same in that program.
-    pub fn thaw(state: ServiceState, signals: OwnedFd, front_ends: Option<OwnedFd>) -> Result<Service, HandoverError> {
-        let system = |action| move |source| HandoverError::System { action, source };
-        let worker = match state.worker {
-            Some((process, conversation)) => Some(Worker {
-                conversation: Conversation::over(conversation.take()?.into(), "worker"),
-                process: Running::from_number(process),
-            }),
-            None => None,
-        };
-        let vitals = File::from(state.vitals.take()?);
-        let inflight = match state.inflight {
-            Some((shape, file)) => Some(Inflight { shape, file: file.take()?.into() }),
-            None => None,
-        };
-        let offer = Offer {
-            queues: state.queues,
-            ring_size_max: state.ring_size_max,
-            tracks_inflight: inflight.is_some(),
-            hold: Duration::from_millis(state.hold_ms),
-            incoming: false,
-        };
-        let opened = Opened {
-            bytes: state.bytes,
-            read_only: state.read_only,
-            cluster_bytes: state.cluster_bytes,
-            serial: state.serial,
-        };
-        let device = Device::new(opened.description(offer.queues));
-        device.set_writeback(state.writeback);
-        let listener = state.controllers.0.map(|listener| listener.take().map(PacketListener::from)).transpose()?;
-        let current = match state.controllers.1 {
-            Some(controller) => Some(Conversation::over(controller.take()?.into(), "controller")),
-            None => None,
-        };
-        Ok(Service {
-            worker,
-            elsewhere: state.elsewhere,
-            watch: Watch::over(vitals, offer.queues).map_err(system("map the signs of life"))?,
-            deaths: Deaths::none(),
-            latch_told: state.latch_told,
-            space: Space { is_full: false, last_full: Instant::now(), is_low: false, next_look: Instant::now() },
-            device,
-            part: Part::thaw(state.part)?,
-            staged: state.staged.map(Part::thaw).transpose()?,
-            history: state.history,
-            counters: state.counters.take()?.into(),
-            inflight,
-            management: Management {
-                controllers: Controllers::resumed(listener, current),
-                signals,
-                name: state.name,
-                front_ends,
-                connected: false,
-                stops: false,
-                stop_is_awaited: false,
-            },
-            offer,
-        })
     }
 
     /// Waits for the end of a worker that is dead or as good as dead.

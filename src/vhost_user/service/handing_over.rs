@@ -1,0 +1,114 @@
+//! What of a [`Service`] goes to another program, and comes from one ([`crate::vhost_user::handover`]).
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use crate::sys::process::Running;
+use crate::sys::socket::PacketListener;
+use crate::vhost_user::attachment::{Offer, Part};
+use crate::vhost_user::control::Controllers;
+use crate::vhost_user::conversation::Conversation;
+use crate::vhost_user::device::Device;
+use crate::vhost_user::handover::{HandoverError, Keeping, ServiceState};
+use crate::vhost_user::order::Opened;
+use crate::vhost_user::vitals::Watch;
+
+use super::deaths::Deaths;
+use super::space::Space;
+use super::worker_process::Worker;
+use super::{Inflight, Management, Service};
+
+impl Service {
+    /// All that another program needs to know to go on here.
+    pub fn freeze(&self, keeping: &mut Keeping) -> ServiceState {
+        let [vitals, _] = self.watch.files();
+        let description = self.device.description();
+        let [listener, controller] = self.management.controllers.descriptors();
+        ServiceState {
+            worker: self.worker.as_ref().map(|worker| (worker.process.number(), keeping.keep(&worker.conversation))),
+            elsewhere: self.elsewhere,
+            latch_told: self.latch_told,
+            vitals: keeping.keep(vitals),
+            counters: keeping.keep(&self.counters),
+            inflight: self.inflight.as_ref().map(|own| (own.shape, keeping.keep(&own.file))),
+            part: self.part.freeze(keeping),
+            staged: self.staged.as_ref().map(|part| part.freeze(keeping)),
+            history: self.history.clone(),
+            queues: self.offer.queues,
+            ring_size_max: self.offer.ring_size_max,
+            hold_ms: self.offer.hold.as_millis() as u64,
+            bytes: description.bytes,
+            read_only: description.read_only,
+            cluster_bytes: description.cluster_bytes,
+            serial: description.serial,
+            writeback: self.device.writeback(),
+            name: self.management.name.clone(),
+            controllers: (
+                listener.map(|listener| keeping.keep(&listener)),
+                controller.map(|controller| keeping.keep(&controller)),
+            ),
+        }
+    }
+
+    /// The same in that program.
+    pub fn thaw(state: ServiceState, signals: OwnedFd, front_ends: Option<OwnedFd>) -> Result<Service, HandoverError> {
+        let system = |action| move |source| HandoverError::System { action, source };
+        let worker = match state.worker {
+            Some((process, conversation)) => Some(Worker {
+                conversation: Conversation::over(conversation.take()?.into(), "worker"),
+                process: Running::from_number(process),
+            }),
+            None => None,
+        };
+        let vitals = File::from(state.vitals.take()?);
+        let inflight = match state.inflight {
+            Some((shape, file)) => Some(Inflight { shape, file: file.take()?.into() }),
+            None => None,
+        };
+        let offer = Offer {
+            queues: state.queues,
+            ring_size_max: state.ring_size_max,
+            tracks_inflight: inflight.is_some(),
+            hold: Duration::from_millis(state.hold_ms),
+            incoming: false,
+        };
+        let opened = Opened {
+            bytes: state.bytes,
+            read_only: state.read_only,
+            cluster_bytes: state.cluster_bytes,
+            serial: state.serial,
+        };
+        let device = Device::new(opened.description(offer.queues));
+        device.set_writeback(state.writeback);
+        let listener = state.controllers.0.map(|listener| listener.take().map(PacketListener::from)).transpose()?;
+        let current = match state.controllers.1 {
+            Some(controller) => Some(Conversation::over(controller.take()?.into(), "controller")),
+            None => None,
+        };
+        Ok(Service {
+            worker,
+            elsewhere: state.elsewhere,
+            watch: Watch::over(vitals, offer.queues).map_err(system("map the signs of life"))?,
+            deaths: Deaths::none(),
+            latch_told: state.latch_told,
+            space: Space::unknown(),
+            device,
+            part: Part::thaw(state.part)?,
+            staged: state.staged.map(Part::thaw).transpose()?,
+            history: state.history,
+            counters: state.counters.take()?.into(),
+            inflight,
+            management: Management {
+                controllers: Controllers::resumed(listener, current),
+                signals,
+                name: state.name,
+                front_ends,
+                connected: false,
+                stops: false,
+                stop_is_awaited: false,
+            },
+            offer,
+        })
+    }
+}
