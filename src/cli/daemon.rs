@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-use crate::daemon::{self, Manner, Options, Places};
+use crate::daemon::{self, Manner, Options, Places, UidRange};
 
 use super::Outcome;
 use super::serve::backend_program;
@@ -25,6 +25,9 @@ pub struct Daemon {
     /// Serve metrics on this TCP address too, to everyone who can reach it, such as 127.0.0.1:9187
     #[arg(long, value_name = "ADDRESS")]
     metrics_listen: Option<SocketAddr>,
+    /// Run each backend as a user of its own, with a group of the same number; nobody else may be one of them, and the daemon has to be root
+    #[arg(long, value_name = "FIRST-LAST")]
+    backend_uids: Option<UidRange>,
     /// For debugging: backends without a sandbox, so that a guest that takes one over can do all that the daemon's user can
     #[arg(long)]
     no_sandbox: bool,
@@ -40,7 +43,7 @@ impl Daemon {
             |path: PathBuf| std::path::absolute(&path).with_context(|| format!("{} is no path", path.display()));
         daemon::run(Options {
             places: Places { state: absolute(self.state_dir)?, run: absolute(self.run_dir)? },
-            backends: Manner { program: backend_program(), sandbox: !self.no_sandbox },
+            backends: Manner { program: backend_program(), sandbox: !self.no_sandbox, users: self.backend_uids },
             metrics_address: self.metrics_listen,
         })?;
         Ok(Outcome::Done)

@@ -4,8 +4,10 @@
 //! may be called at any time and again.
 
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::time::{Duration, Instant};
 
 use crate::digest::Digest;
+use crate::sys::process;
 
 use super::Host;
 use super::access::{Call, Caller, Object};
@@ -22,6 +24,8 @@ use super::volumes::desired;
 const QUEUES: u16 = 16;
 /// The largest number of them.
 const QUEUES_MAX: u16 = 256;
+/// How long to wait for the end of a backend that was detached, and whose user is the last.
+const USER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The serial number by which a guest tells a disk: its role, or one of the volume's own.
 fn serial_of(volume: &str, role: &Option<Role>) -> String {
@@ -252,9 +256,52 @@ impl Host {
             hold_ms: volume.hold_ms,
             resumed,
             kernel_from_vmm: row.kernel_from_vmm,
+            uid: self.user_for(&row)?,
         })?;
         self.hand_over_socket(&row);
         Ok(delta)
+    }
+
+    /// Whom an attachment's backend is to run as: the one that it has already, or one that nobody is.
+    fn user_for(&self, row: &AttachmentRow) -> Result<Option<u32>, Error> {
+        let range = self.backends.users();
+        if row.backend_uid.is_some_and(|uid| range.is_some_and(|range| range.contains(uid))) {
+            return Ok(row.backend_uid);
+        }
+        let Some(range) = range else {
+            if row.backend_uid.is_some() {
+                self.catalog.change(|facts| Ok::<_, Error>(facts.set_backend_uid(row.id, None)?))?;
+            }
+            return Ok(None);
+        };
+        let none_left = || Error::State {
+            object: format!("--backend-uids {range}"),
+            found: "has no user left that nothing runs as".to_owned(),
+            remedy: "detach something, or give the daemon a larger range",
+        };
+        // In turn, so that one comes again as late as can be.
+        let turn = self.catalog.change(|facts| Ok::<_, Error>(facts.count("backend-uid")?))?;
+        let begun = Instant::now();
+        loop {
+            let noted = self.catalog.change(|facts| {
+                let taken = facts.backend_uids()?;
+                let mut free = range.from(turn).filter(|uid| !taken.contains(uid)).peekable();
+                free.peek().ok_or_else(none_left)?;
+                // A backend may not have ended when it said that it would.
+                let found = free.find(|uid| !process::runs_as(*uid));
+                if found.is_some() {
+                    facts.set_backend_uid(row.id, found)?;
+                }
+                Ok::<_, Error>(found)
+            })?;
+            if noted.is_some() {
+                return Ok(noted);
+            }
+            if begun.elapsed() > USER_PATIENCE {
+                return Err(none_left());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// What a backend is to serve, as open files.

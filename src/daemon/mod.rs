@@ -28,6 +28,6 @@ mod upgrade;
 mod volumes;
 
 pub use access::Caller;
-pub use backends::{Backends, Manner};
+pub use backends::{Backends, Manner, UidRange};
 pub use host::{Host, Places};
 pub use run::{Options, RunError, run};

@@ -67,13 +67,16 @@ pub fn run(options: Options) -> Result<(), RunError> {
     result
 }
 
-async fn serve(options: Options) -> Result<(), RunError> {
+async fn serve(mut options: Options) -> Result<(), RunError> {
     let system = |action, what: String| move |source| RunError::System { action, what, source };
     let (notices, mut noticed) = tokio::sync::mpsc::unbounded_channel();
     if !options.backends.sandbox {
         log::warn!(
             "NO SANDBOX ({NO_SANDBOX_ARGUMENT}): a guest that takes its backend over can do all that the daemon's user can"
         );
+    }
+    if let Some(range) = options.backends.users.take_if(|_| !rustix::process::geteuid().is_root()) {
+        log::warn!("--backend-uids {range} is left out: only root can start others as other users");
     }
     let backends = Backends::new(options.backends, tokio::runtime::Handle::current(), notices);
     let places = options.places;

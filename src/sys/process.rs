@@ -8,6 +8,10 @@ use std::os::unix::thread::JoinHandleExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
+#[cfg(not(fuzzing))]
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 #[cfg(fuzzing)]
 pub use super::stand_in::Running;
@@ -33,6 +37,26 @@ pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> 
     let mut command = Command::new("/proc/self/exe");
     let child = command.arg0(name).args(arguments).stdin(Stdio::from(standard_input)).spawn()?;
     Ok(Running::from_number(child.id()))
+}
+
+/// Has a program run as another user, with the group of the same number and no other, and with at most so many processes and threads of that
+/// user's. Only root can.
+pub fn run_as(command: &mut Command, uid: u32, processes_max: u64) {
+    command.uid(uid).gid(uid);
+    let limit = move || {
+        let limit = Rlimit { current: Some(processes_max), maximum: Some(processes_max) };
+        Ok(setrlimit(Resource::Nproc, limit)?)
+    };
+    // SAFETY: between the fork and the execution it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(limit) };
+}
+
+/// Whether any process runs as a user.
+pub fn runs_as(uid: u32) -> bool {
+    // SAFETY: takes no pointers. Of the processes of this user it gives the highest priority, and fails when there are none; what else may go
+    // wrong does not say that there are none.
+    let found = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_USER, uid) };
+    found >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
 }
 
 /// Starts the program that is open as `program`, as [`execute_self`] does.
@@ -89,6 +113,27 @@ impl Running {
         unsafe { libc::kill(self.process.cast_signed(), libc::SIGKILL) };
     }
 
+    /// Waits for an end that is near, and brings it about if it is not: how it ended by itself is worth to know.
+    pub fn end_soon(self) -> io::Result<ExitStatus> {
+        const PATIENCE: Duration = Duration::from_millis(200);
+        let ends = Instant::now() + PATIENCE;
+        let mut pause = Duration::from_micros(50);
+        loop {
+            let mut status = 0;
+            // SAFETY: `status` is ours.
+            let found = unsafe { libc::waitpid(self.process.cast_signed(), &raw mut status, libc::WNOHANG) };
+            if found == self.process.cast_signed() {
+                return Ok(ExitStatus::from_raw(status));
+            }
+            if Instant::now() > ends {
+                self.kill();
+                return self.wait();
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+    }
+
     /// Waits for its end.
     pub fn wait(self) -> io::Result<ExitStatus> {
         let mut status = 0;
@@ -115,13 +160,10 @@ pub fn set_name(name: &std::ffi::CStr) {
 /// Descriptor 0 itself, for a process that is given nothing else and opens nothing.
 ///
 /// To be called once in a process, which does not read from standard input by any other way.
-pub fn standard_input() -> io::Result<OwnedFd> {
-    // SAFETY: takes no pointers, and fails when the descriptor is not open.
-    if unsafe { libc::fcntl(libc::STDIN_FILENO, libc::F_GETFD) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: open, and nobody else's, by this function's condition.
-    Ok(unsafe { OwnedFd::from_raw_fd(libc::STDIN_FILENO) })
+pub fn standard_input() -> OwnedFd {
+    // SAFETY: nobody else's, by this function's condition; and open, for the standard library opens the first three descriptors
+    // before `main` if nobody else has.
+    unsafe { OwnedFd::from_raw_fd(libc::STDIN_FILENO) }
 }
 
 /// Descriptor 0 as this process's own.

@@ -69,6 +69,12 @@ impl Running {
         Running { number: number.into(), thread: None }
     }
 
+    /// As a process: it has ended its conversation, or is told to.
+    pub fn end_soon(mut self) -> io::Result<ExitStatus> {
+        self.kill();
+        self.join()
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> io::Result<ExitStatus> {
         self.join()

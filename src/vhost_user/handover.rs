@@ -197,7 +197,7 @@ impl State {
     pub fn receive() -> Result<State, HandoverError> {
         let system = |source| HandoverError::System { action: "read the state of the keeper", source };
         // Its number is not to be anything else's.
-        let memory = std::mem::ManuallyDrop::new(File::from(process::standard_input().map_err(system)?));
+        let memory = std::mem::ManuallyDrop::new(File::from(process::standard_input()));
         let len = file::len(&memory).map_err(system)?;
         if len > BYTES_MAX {
             return Err(HandoverError::Magic);

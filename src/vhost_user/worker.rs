@@ -97,7 +97,7 @@ pub fn run() -> io::Result<()> {
     process::settle_allocator();
     process::set_name(c"pando-worker");
     steps::choose();
-    let conversation = Conversation::over(process::standard_input()?.into(), "keeper");
+    let conversation = Conversation::over(process::standard_input().into(), "keeper");
     sandbox::close_worker().map_err(io::Error::other)?;
     serve(&conversation, &mut None)
 }

@@ -1,11 +1,19 @@
 //! How backends are closed in that a daemon starts.
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use rustix::process::Signal;
 use serde_json::json;
 
-use crate::session::harness::children_of;
-use crate::session::sandbox::{check_closed, is_open};
+use crate::session::client::{Client, Profile};
+use crate::session::guest::Guest;
+use crate::session::harness::{SECTOR, Sleeper, children_of, program, send};
+use crate::session::sandbox::{User, check_closed, is_open, user_of};
 
-use super::daemon::Daemon;
+use super::daemon::{Daemon, wait_until};
 
 const IMAGE_BYTES: usize = 1 << 20;
 
@@ -49,4 +57,88 @@ fn backends_are_open_when_the_daemon_is_told_so_and_says_so() {
     daemon.start();
     attach(&daemon, "other", "cow").into_iter().for_each(check_closed);
     assert_eq!(said(&daemon), 2);
+}
+
+/// Users whom nobody else is.
+const FIRST: u32 = 61_100;
+const LAST: u32 = 61_102;
+
+/// Whom an attachment's backend runs as: somebody of the range, with a group of the same number and no other.
+#[track_caller]
+fn own_user(daemon: &Daemon, volume: &str) -> u32 {
+    let [keeper, worker] = processes_of(daemon, "vm", volume);
+    let uid = user_of(keeper).uid;
+    assert_eq!([user_of(keeper), user_of(worker)], [(); 2].map(|()| User { uid, gid: uid, groups: String::new() }));
+    assert!((FIRST..=LAST).contains(&uid), "{uid}");
+    check_closed(keeper);
+    check_closed(worker);
+    uid
+}
+
+fn no_user_is_left(daemon: &Daemon, volume: &str) -> bool {
+    let answer = daemon.ask("POST", "/v1/attachments", Some(&json!({ "volume": volume, "vm": "vm" })));
+    answer.problem(409, "wrong-state").contains("--backend-uids 61100-61102 has no user left")
+}
+
+#[test]
+fn backends_have_users_of_their_own_when_there_are_some() {
+    let range = format!("{FIRST}-{LAST}");
+    let can_execute =
+        |uid| program().arg("--version").uid(uid).gid(uid).output().is_ok_and(|output| output.status.success());
+    if !rustix::process::geteuid().is_root() || !can_execute(FIRST) {
+        eprintln!("SKIPPED: only root can start others as other users, and these have to reach the program");
+        return;
+    }
+    // Somebody is one of them already.
+    let somebody = Sleeper::start(Command::new("sleep").arg("1000").uid(FIRST).gid(FIRST));
+    let mut daemon = Daemon::with(&["--backend-uids", &range]);
+    let (contents, _) = daemon.import("os", IMAGE_BYTES, 1);
+    for (name, kind) in [("a", "cow"), ("b", "read-only"), ("c", "blank"), ("d", "cow")] {
+        let image = (kind != "blank").then_some("os");
+        let bytes = image.is_none().then_some(IMAGE_BYTES);
+        daemon.post("/v1/volumes", json!({ "name": name, "kind": kind, "image": image, "bytes": bytes }));
+    }
+    let attach = |daemon: &Daemon, volume: &str| {
+        daemon.attach(volume, "vm");
+        own_user(daemon, volume)
+    };
+    let (a, b) = (attach(&daemon, "a"), attach(&daemon, "b"));
+    assert_ne!(a, b);
+    assert!(![a, b].contains(&FIRST), "two run as {FIRST}");
+    assert!(no_user_is_left(&daemon, "c"));
+    drop(somebody);
+    assert_eq!(attach(&daemon, "c"), FIRST);
+    assert!(no_user_is_left(&daemon, "d"));
+
+    // They serve.
+    let mut model = contents;
+    let mut client = Client::start_on(daemon.connect(&daemon.path("run/vm/vm/a.sock")), &Profile::qemu(), Guest::new());
+    client.queues[0].work(&mut model, 0..IMAGE_BYTES / SECTOR, &mut SmallRng::seed_from_u64(1), 4);
+
+    // A daemon that returns knows them, and one that is started in the place of another is whom that was.
+    daemon.kill();
+    daemon.start();
+    assert!(no_user_is_left(&daemon, "d"));
+    client.queues[0].work(&mut model, 0..IMAGE_BYTES / SECTOR, &mut SmallRng::seed_from_u64(2), 4);
+    drop(client);
+    let [keeper, _] = processes_of(&daemon, "vm", "a");
+    send(keeper, Signal::KILL);
+    wait_until("another backend", || {
+        let process = daemon.attachment("vm", "a")["process"].as_u64();
+        process.is_some_and(|process| process != u64::from(keeper) && !children_of(process as u32).is_empty())
+    });
+    assert_eq!(own_user(&daemon, "a"), a);
+
+    // Who is nobody's any more can be another's.
+    daemon.detach("vm", "b");
+    assert_eq!(attach(&daemon, "d"), b);
+
+    // Without the range, the next are whom the daemon is.
+    daemon.stop();
+    daemon.arguments.clear();
+    daemon.start();
+    assert_eq!(own_user(&daemon, "a"), a);
+    daemon.attach("b", "vm");
+    let [keeper, worker] = processes_of(&daemon, "vm", "b");
+    assert_eq!([keeper, worker].map(|process| user_of(process).uid), [0, 0]);
 }

@@ -10,7 +10,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use rustix::process::Signal;
 
 use super::client::{Client, Profile};
-use super::harness::{Backend, Disk, SECTOR, program, text, wait_until};
+use super::harness::{Backend, Disk, SECTOR, Sleeper, is_alive, program, text, wait_until};
 use super::sandbox::libraries_of;
 
 const DISK_BYTES: usize = 1 << 20;
@@ -149,10 +149,9 @@ fn a_keeper_that_was_taken_over_can_do_little_else() {
 #[test]
 fn a_keeper_interrupts_nobody_outside() {
     let disk = Disk::new(DISK_BYTES);
-    let mut victim = Command::new("sleep").arg("1000").spawn().expect("a process");
-    let (status, log) = attempt(&disk, "keeper", &format!("interrupt {}", victim.id()));
-    let is_there = victim.try_wait().expect("a child").is_none();
-    victim.kill().and_then(|()| victim.wait()).expect("it ends");
+    let victim = Sleeper::start(Command::new("sleep").arg("1000"));
+    let (status, log) = attempt(&disk, "keeper", &format!("interrupt {}", victim.process()));
+    let is_there = is_alive(victim.process());
     let version = log.lines().find_map(|line| line.split_once("has version ")?.1.split(' ').next()?.parse().ok());
     if version.unwrap_or(0) < SIGNALS_SINCE {
         eprintln!("SKIPPED: version {version:?} of Landlock knows no signals");

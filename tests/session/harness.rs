@@ -317,6 +317,29 @@ impl Drop for Backend {
     }
 }
 
+/// A process that does nothing, until it is dropped.
+pub struct Sleeper(Child);
+
+impl Sleeper {
+    /// Starts a command that does nothing.
+    pub fn start(command: &mut Command) -> Sleeper {
+        Sleeper(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts"))
+    }
+
+    /// The process.
+    pub fn process(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        // It may have ended, and that is as good.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Runs the program until it ends by itself: exit code, standard output and standard error.
 #[track_caller]
 pub fn run(arguments: &[&str]) -> (i32, String, String) {

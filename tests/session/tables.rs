@@ -24,6 +24,7 @@ use super::harness::{Backend, Disk, PATIENCE, SECTOR, children_of, program, send
 use super::managed::{self, Managed, Volume, Watcher, manner};
 use super::queue::{DISCARD, FLUSH, IN, OUT, Queue, range_bytes};
 use super::raw::{self, RawFrontEnd, state};
+use super::upgrades::upgrade;
 
 const DISK_BYTES: usize = 1 << 20;
 /// Marks in a log: so many that the list of them is no longer copied when it grows, and all over a disk that is so large that
@@ -85,8 +86,8 @@ fn run_out(backend: &mut Backend) -> Result<(), Broken> {
         let limit = Rlimit { current: Some(current), maximum: Some(DESCRIPTORS_ENOUGH) };
         prlimit(Some(keeper), Resource::Nofile, limit).expect("the process is ours")
     };
-    // While it waits for one, it has the socket twice.
-    until(backend, |backend| has_one_twice(backend.keeper()))?;
+    // Ready, it waits for front ends and for nothing else, with all descriptors that it takes for that.
+    until(backend, |backend| is_asleep(backend.keeper()))?;
     limit(DESCRIPTORS_BELOW);
     let mark = backend.log().mark();
     let waits = UnixStream::connect(backend.socket()).expect("it listens");
@@ -96,13 +97,10 @@ fn run_out(backend: &mut Backend) -> Result<(), Broken> {
     Ok(())
 }
 
-/// Whether two descriptors of a process are of one socket.
-fn has_one_twice(process: u32) -> bool {
-    let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
-    let links = descriptors.filter_map(|descriptor| std::fs::read_link(descriptor.path()).ok());
-    let mut sockets: Vec<_> = links.filter(|link| link.to_string_lossy().starts_with("socket:")).collect();
-    sockets.sort();
-    sockets.windows(2).any(|two| two[0] == two[1])
+/// Whether a process waits for something.
+fn is_asleep(process: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"))
 }
 
 /// Every number below has an open descriptor in a keeper.
@@ -149,7 +147,7 @@ enum Part {
     Next,
     /// For a guest that comes from elsewhere.
     Incoming,
-    /// Managed, and its volume grows.
+    /// Managed; its volume grows, and it executes another program in its place.
     Managed,
     /// The worker aborts.
     Aborts,
@@ -177,7 +175,9 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
     let mut backend = Backend::start_command(&mut command, &socket);
     is_killed_while(&mut backend, without, |backend| {
         if part == Part::Aborts {
-            backend.wait();
+            if backend.wait().signal() == Some(Signal::SYS.as_raw()) {
+                return Err(Broken);
+            }
             backend.log().expect_after(0, &["died at its start"]);
             return if backend.log().text().contains("SIGABRT") { Ok(()) } else { Err(Broken) };
         }
@@ -204,9 +204,8 @@ fn grow(backend: &mut Backend, mut watcher: Watcher) -> Result<(), Broken> {
     client.settle();
     watcher.ask(&Command::Grow { bytes: 2 * DISK_BYTES as u64 }, &[]);
     channel.next_request();
-    let program = std::fs::File::open(env!("CARGO_BIN_EXE_pando-blk")).expect("the program");
-    let program = pando::sys::shared::copy_of_program(&program).expect("a copy");
-    watcher.ask(&Command::Upgrade, &[std::os::fd::AsFd::as_fd(&program)]);
+    upgrade(&mut watcher);
+    be_served(backend, &mut client)?;
     watcher.ask(&Command::Stop, &[]);
     ends_well(backend)
 }

@@ -28,8 +28,9 @@ fn next_program() -> File {
     shared::copy_of_program(&program).expect("a copy")
 }
 
+/// Has a keeper execute the program in its place.
 #[track_caller]
-fn upgrade(watcher: &mut Watcher) {
+pub fn upgrade(watcher: &mut Watcher) {
     let reply = watcher.ask(&Command::Upgrade, &[next_program().as_fd()]).0;
     assert!(matches!(reply, Reply::Done), "{reply:?}");
 }

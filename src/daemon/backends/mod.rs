@@ -8,6 +8,7 @@
 
 mod link;
 mod process;
+mod users;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -31,6 +32,7 @@ use crate::vhost_user::order::DeltaOrder;
 
 use link::Link;
 pub use process::Manner;
+pub use users::UidRange;
 
 /// The largest ring that is taken, in descriptors.
 const RING_SIZE_MAX: u16 = 32768;
@@ -122,6 +124,8 @@ pub struct Launch {
     pub resumed: bool,
     /// Whether the VMM loads the guest's kernel.
     pub kernel_from_vmm: bool,
+    /// Whom it runs as, if not as this process does.
+    pub uid: Option<u32>,
 }
 
 /// What is known of a backend that runs.
@@ -187,6 +191,11 @@ impl Backends {
         }
     }
 
+    /// Whom backends run as, each as another, if not as this process does.
+    pub fn users(&self) -> Option<UidRange> {
+        self.manner.users
+    }
+
     /// The one opening of an image, made by `open` when there is none.
     pub fn image<E>(&self, digest: Digest, open: impl FnOnce() -> Result<File, E>) -> Result<Arc<File>, E> {
         let mut images = lock(&self.images);
@@ -223,7 +232,7 @@ impl Backends {
         let counters = self.counters_of(id).map_err(io("make counters for", &launch.socket))?;
 
         let (socket, mut process) =
-            process::start(&self.manner, &self.runtime).map_err(io("execute", &self.manner.program))?;
+            process::start(&self.manner, launch.uid, &self.runtime).map_err(io("execute", &self.manner.program))?;
         let link = self.link(id, socket).map_err(io("talk to", &self.manner.program))?;
         let command = Command::Serve(Serve {
             volume: spec_of(&launch.part),

@@ -8,9 +8,15 @@ use std::process::Stdio;
 use tokio::process::{Child, Command};
 use tokio::runtime::Handle;
 
+use crate::sys::process;
 use crate::sys::socket::PacketSocket;
 use crate::vhost_user::control::MANAGED_ARGUMENT;
 use crate::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
+
+use super::users::UidRange;
+
+/// Processes and threads of a user that is one backend's: a keeper, a worker and its successor with a thread for each ring, and room.
+const PROCESSES_MAX: u64 = 1024;
 
 /// How backends are started.
 #[derive(Clone, Debug)]
@@ -19,17 +25,21 @@ pub struct Manner {
     pub program: PathBuf,
     /// Whether they close their sandboxes.
     pub sandbox: bool,
+    /// Whom they run as, each as another; `None`: as the daemon does.
+    pub users: Option<UidRange>,
 }
 
 /// Starts the backend's program, and gives the connection to it. Dropped, the process goes on, and is waited for when it ends.
-pub fn start(manner: &Manner, runtime: &Handle) -> io::Result<(PacketSocket, Child)> {
+///
+/// `uid`: whom it runs as, if not as this process does.
+pub fn start(manner: &Manner, uid: Option<u32>, runtime: &Handle) -> io::Result<(PacketSocket, Child)> {
     let (ours, theirs) = PacketSocket::pair()?;
     let _entered = runtime.enter();
-    let process = Command::new(&manner.program)
-        .arg(MANAGED_ARGUMENT)
-        .args((!manner.sandbox).then_some(NO_SANDBOX_ARGUMENT))
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .spawn()?;
-    Ok((ours, process))
+    let mut command = std::process::Command::new(&manner.program);
+    command.arg(MANAGED_ARGUMENT).args((!manner.sandbox).then_some(NO_SANDBOX_ARGUMENT));
+    command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+    if let Some(uid) = uid {
+        process::run_as(&mut command, uid, PROCESSES_MAX);
+    }
+    Ok((ours, Command::from(command).spawn()?))
 }

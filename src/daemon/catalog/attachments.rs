@@ -1,5 +1,7 @@
 //! Attachments, and placements: which VM a volume belongs to.
 
+use std::collections::BTreeSet;
+
 use rusqlite::Row;
 
 use crate::daemon::api::types::Role;
@@ -41,6 +43,8 @@ pub struct AttachmentRow {
     pub restarts: u64,
     /// Whose the front ends' socket is: user and group.
     pub owner: (u32, u32),
+    /// Whom its backend runs as, if it has a user of its own.
+    pub backend_uid: Option<u32>,
     pub at: i64,
     pub by: String,
 }
@@ -111,6 +115,7 @@ impl AttachmentRow {
             error: row.get("error")?,
             restarts: row.get("restarts")?,
             owner: (row.get("owner_uid")?, row.get("owner_gid")?),
+            backend_uid: row.get("backend_uid")?,
             at: row.get("at")?,
             by: row.get("by")?,
         })
@@ -208,6 +213,19 @@ impl Facts<'_> {
     /// Notes that a backend was started again.
     pub fn count_restart(&self, id: i64) -> Result<(), CatalogError> {
         self.execute("UPDATE attachment SET restarts = restarts + 1 WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
+    /// The users that are backends' own.
+    pub fn backend_uids(&self) -> Result<BTreeSet<u32>, CatalogError> {
+        let found =
+            self.all("SELECT backend_uid FROM attachment WHERE backend_uid IS NOT NULL", [], |row| row.get(0))?;
+        Ok(found.into_iter().collect())
+    }
+
+    /// Notes whom an attachment's backend runs as.
+    pub fn set_backend_uid(&self, id: i64, uid: Option<u32>) -> Result<(), CatalogError> {
+        self.execute("UPDATE attachment SET backend_uid = ?2 WHERE id = ?1", rusqlite::params![id, uid])?;
         Ok(())
     }
 

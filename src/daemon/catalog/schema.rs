@@ -3,7 +3,7 @@
 //! A step is never changed once it has been released: `PRAGMA user_version` says how many of them a database has seen.
 
 /// The steps, from nothing to now.
-pub const STEPS: [&str; 2] = [FIRST, HOLD];
+pub const STEPS: [&str; 3] = [FIRST, HOLD, BACKENDS_OWN_USERS];
 
 /// How long writes wait while a volume's file system is full; 0: they fail at once.
 const HOLD: &str = "ALTER TABLE volume ADD COLUMN hold_ms INTEGER NOT NULL DEFAULT 60000;";
@@ -176,4 +176,10 @@ CREATE TABLE audit (
 ) STRICT;
 CREATE TRIGGER audit_stays BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log is only added to'); END;
 CREATE TRIGGER audit_is_kept BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log is only added to'); END;
+";
+
+const BACKENDS_OWN_USERS: &str = "
+-- Whom the backend runs as, if it has a user of its own. No two have the same.
+ALTER TABLE attachment ADD COLUMN backend_uid INTEGER;
+CREATE UNIQUE INDEX attachment_backend_uid ON attachment (backend_uid);
 ";

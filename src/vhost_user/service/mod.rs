@@ -485,7 +485,7 @@ impl Service {
     /// Waits for the end of a worker that is dead or as good as dead.
     fn bury(&mut self) -> Result<(), WorkerError> {
         let Some(worker) = self.worker.take() else { return Ok(()) };
-        let status = worker.end()?;
+        let status = worker.bury()?;
         self.tell_latch();
         self.deaths.note(self.watch.has_got_further());
         log::error!("the worker has died ({status}){}", sandbox::remark_on(status));

@@ -124,7 +124,7 @@ impl Worker {
             Ok(Answer::Opened(opened)) => Ok((self, opened)),
             other => {
                 // Whatever it is at: nobody else may open the delta while it lives.
-                let status = self.end()?;
+                let status = self.bury()?;
                 if !status.success() {
                     log::error!("the worker has died at its start ({status}){}", sandbox::remark_on(status));
                 }
@@ -173,6 +173,13 @@ impl Worker {
     pub(super) fn end(self) -> Result<ExitStatus, WorkerError> {
         self.process.kill();
         self.process.wait().map_err(WorkerError::Wait)
+    }
+
+    /// As [`Worker::end`], of one that has ended its side of the conversation, and so is about to end.
+    pub(super) fn bury(self) -> Result<ExitStatus, WorkerError> {
+        let Worker { conversation, process } = self;
+        drop(conversation);
+        process.end_soon().map_err(WorkerError::Wait)
     }
 
     /// Has it make everything durable and end. One that refuses is given back: it goes on.
