@@ -199,20 +199,18 @@ pub fn set_close_on_exec(descriptor: &impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Takes over a descriptor that this process was started with.
+/// Takes over a descriptor that this process was started with, and sees to it that a program executed later does not get it.
 ///
 /// # Errors
 /// When no descriptor with that number is open, or the number belongs to standard input, output or error.
 pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: takes no pointers, and fails when the descriptor is not open.
-    if number <= libc::STDERR_FILENO || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+    if number <= libc::STDERR_FILENO || unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
     // SAFETY: open, and named on the command line for us to own; the callers take each number once, before anything
     // else is opened.
-    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
-    set_close_on_exec(&descriptor)?;
-    Ok(descriptor)
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Puts another socket in the place of this one, under the same descriptor.

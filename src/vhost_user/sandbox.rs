@@ -47,6 +47,8 @@ const PROGRAM: i32 = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
 const HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// What a file is not opened with that is read.
 const TO_CHANGE: i32 = libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC;
+/// The end of one process, and not of a group (a negative number) or of all (-1).
+const ONE_DEAD: &[Argument] = &[is(1, libc::SIGKILL), lacks(0, i32::MIN)];
 /// Memory that is not executed.
 const NO_CODE: &[Argument] = &[lacks(2, libc::PROT_EXEC)];
 /// Code, from a file, that is not written.
@@ -129,7 +131,7 @@ pub const KEEPER: &[Call] = &[
     Call::with("fcntl F_ADD_SEALS", libc::SYS_fcntl, &[is(1, libc::F_ADD_SEALS)], "which cannot shrink"),
     Call::any("flock", libc::SYS_flock, "a delta that comes or goes with its guest"),
     // A worker that starts, and ends.
-    Call::with("kill SIGKILL", libc::SYS_kill, &[is(1, libc::SIGKILL)], "one that is stuck, or as good as dead"),
+    Call::with("kill SIGKILL", libc::SYS_kill, ONE_DEAD, "one that is stuck, or as good as dead"),
     Call::any("socketpair", libc::SYS_socketpair, "the conversation with it"),
     Call::with("prlimit64", libc::SYS_prlimit64, &[null(2)], "the C library asks for limits, and sets none"),
     Call::with("clone of a program", libc::SYS_clone, &[is(0, PROGRAM)], "a process, to execute something at once"),

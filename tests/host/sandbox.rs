@@ -91,6 +91,7 @@ fn backends_have_users_of_their_own_when_there_are_some() {
     }
     // Somebody is one of them already.
     let somebody = Sleeper::start(Command::new("sleep").arg("1000").uid(FIRST).gid(FIRST));
+    assert_eq!(user_of(somebody.process()).uid, FIRST);
     let mut daemon = Daemon::with(&["--backend-uids", &range]);
     let (contents, _) = daemon.import("os", IMAGE_BYTES, 1);
     for (name, kind) in [("a", "cow"), ("b", "read-only"), ("c", "blank"), ("d", "cow")] {

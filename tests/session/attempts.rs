@@ -82,11 +82,12 @@ fn check_attempts(process: &str, attempts: &[(&str, Comes)]) {
 }
 
 /// What neither of the two can do.
-const FORBIDDEN: [(&str, Comes); 10] = [
+const FORBIDDEN: [(&str, Comes); 11] = [
     ("socket", SYS),
     ("fork", SYS),
     ("namespace", SYS),
     ("signal 1", SYS),
+    ("kill-group", SYS),
     ("trace", SYS),
     ("code", SYS),
     ("anonymous-code", SYS),

@@ -26,6 +26,8 @@ pub fn make(what: &str) {
         "interrupt" => {
             number(unsafe { libc::syscall(libc::SYS_tgkill, process(object), process(object), libc::SIGUSR1) })
         }
+        // SAFETY: takes no pointers. There is no such group.
+        "kill-group" => number(unsafe { libc::syscall(libc::SYS_kill, i32::MIN + 1, libc::SIGKILL) }),
         // SAFETY: takes no pointers. No signal is sent; whether one could be is told.
         "signal" => number(unsafe { libc::syscall(libc::SYS_kill, process(object), 0) }),
         // SAFETY: takes no pointers. No process traces itself.
