@@ -4,6 +4,9 @@
 //! volume that follows a channel may be on another image than before; at every other one it must be on the same
 //! (`src/vhost_user/boot.rs` of pando says how that is told). Which image it is the first sector tells, which nobody writes.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
@@ -16,6 +19,10 @@ use crate::soak::strikes::Moment;
 /// What firmware reads before it starts the kernel, at most, and how much of it at once.
 const FIRMWARE_REQUESTS: u64 = 40;
 const FIRMWARE_DEPTH: usize = 4;
+
+/// How long the daemon may take to know what a guest has found.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How a guest comes up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +160,25 @@ impl FrontEnd {
         number.map(Image::numbered).context("the first sector is no image's").map(Some)
     }
 
+    /// Waits until the daemon knows which image the guest is on, of which it is told after the guest has found it.
+    fn wait_until_known(&mut self) -> Result<()> {
+        let ends = Instant::now() + PATIENCE;
+        let disk = self.machine.disk.clone();
+        let expected = self.image.map(|image| image.version());
+        loop {
+            let found = self.site.demand(&self.pulse, ("GET", &disk.attachment()), None, || false)?;
+            if found["image"]["versions"][0].as_str() == expected.as_deref() {
+                return Ok(());
+            }
+            let has_time = Instant::now() < ends;
+            ensure!(
+                has_time,
+                "the guest is on image {expected:?}, and the daemon still says after {PATIENCE:?}: {found}"
+            );
+            thread::sleep(LOOK_INTERVAL);
+        }
+    }
+
     /// Points the disk's channel to another image.
     pub fn move_channel(&mut self, random: &mut fastrand::Rng) -> Result<()> {
         let disk = self.machine.disk.clone();
@@ -171,6 +197,7 @@ impl FrontEnd {
     pub fn reset(&mut self, through: Through, drains: bool, moves: Option<fastrand::Rng>) -> Result<()> {
         let mut staged = None;
         if let Some(mut random) = moves {
+            self.wait_until_known()?;
             // Whom the move has reached is known only while nobody strikes at the backend.
             staged = self.undisturbed_since();
             self.move_channel(&mut random)?;
