@@ -3,9 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
+#[cfg(not(fuzzing))]
+use std::os::unix::process::ExitStatusExt;
 use std::os::unix::thread::JoinHandleExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+#[cfg(not(fuzzing))]
+use std::process::ExitStatus;
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 #[cfg(not(fuzzing))]

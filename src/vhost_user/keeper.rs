@@ -84,7 +84,7 @@ pub fn serve_controlled(
     controllers: Controllers,
 ) -> Result<(), KeeperError> {
     let (service, endpoint) = start(attachment, signals, controllers)?;
-    Keeper { service: &service, endpoint }.serve()
+    Keeper { service: &service, endpoint, stream: None }.serve()
 }
 
 /// Serves what descriptor 0 says, until it or a later controller says to stop, or a signal does.
