@@ -13,6 +13,7 @@ use pando::sys::guest::RegionPlace;
 use pando::sys::socket::PacketSocket;
 use pando::vhost_user::control::{self, Command, Controllers, Event, Reply, Report, Said, Serve, VolumeSpec};
 use pando::vhost_user::conversation::{Conversation, MESSAGE_BYTES_MAX};
+use pando::vhost_user::handover::State;
 use pando::vhost_user::inflight::RegionShape;
 use pando::vhost_user::order::{
     Answer, DeltaOrder, LogPlace, Opened, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder,
@@ -30,7 +31,8 @@ fuzz_target!(|data: &[u8]| {
     let mut choices = Choices::new(data);
     LazyLock::force(&NULL);
     let before = open_descriptors();
-    match choices.below(4) {
+    match choices.below(5) {
+        4 => hand_over(&mut choices),
         0 => exchange(&mut choices, random_order),
         1 => exchange(&mut choices, random_answer),
         2 => exchange(&mut choices, random_command),
@@ -38,6 +40,20 @@ fuzz_target!(|data: &[u8]| {
     }
     assert_eq!(open_descriptors(), before, "a descriptor stays open");
 });
+
+/// Reads the state of a keeper: that of the first version with some bytes changed, or cut off.
+fn hand_over(choices: &mut Choices<'_>) {
+    let mut bytes = include_bytes!("../../../../tests/frozen/keeper-state-1").to_vec();
+    for _ in 0..choices.below(8) {
+        let at = choices.below(bytes.len() as u64) as usize;
+        bytes[at] = choices.any();
+    }
+    bytes.truncate(bytes.len() - choices.below(4) as usize * choices.below(64) as usize);
+    if let Ok(state) = State::decode(&bytes) {
+        let again = State::decode(&state.encode().expect("what was read can be said")).expect("and read");
+        assert_eq!(again, state);
+    }
+}
 
 /// Says something, whole or broken, and hears it at the other end.
 fn exchange<M: Serialize + DeserializeOwned + Debug>(choices: &mut Choices<'_>, make: fn(&mut Choices<'_>) -> M) {
@@ -83,7 +99,7 @@ fn hear_as_keeper(theirs: PacketSocket, ours: PacketSocket) {
             Command::Serve(Serve { volume, .. }) | Command::Stage(volume) => volume,
             _ => return,
         };
-        let (has_base, has_delta) = (volume.has_base, volume.delta.is_some());
+        let (has_base, has_delta) = (volume.base.is_some(), volume.delta.is_some());
         if let Ok(part) = control::take_volume(volume, &mut descriptors) {
             assert_eq!((part.base.is_some(), part.delta.is_some()), (has_base, has_delta));
         }
@@ -176,9 +192,9 @@ fn ring(choices: &mut Choices<'_>) -> RingOrder {
 }
 
 fn random_order(choices: &mut Choices<'_>) -> Order {
-    match choices.below(4) {
+    match choices.below(5) {
         0 => Order::Open(VolumeOrder {
-            has_base: flag(choices),
+            base: maybe(choices, text),
             delta: maybe(choices, delta),
             queues: choices.any(),
             serial: maybe(choices, |choices| choices.any()),
@@ -195,6 +211,7 @@ fn random_order(choices: &mut Choices<'_>) -> Order {
             rings: list(choices, ring),
         }),
         2 => Order::Look(list(choices, place)),
+        3 => Order::Hello,
         _ => Order::Close,
     }
 }
@@ -220,14 +237,14 @@ fn random_answer(choices: &mut Choices<'_>) -> Answer {
 fn volume(choices: &mut Choices<'_>) -> VolumeSpec {
     VolumeSpec {
         tag: text(choices),
-        has_base: flag(choices),
+        base: maybe(choices, text),
         delta: maybe(choices, delta),
         serial: maybe(choices, |choices| choices.any()),
     }
 }
 
 fn random_command(choices: &mut Choices<'_>) -> Command {
-    match choices.below(7) {
+    match choices.below(8) {
         0 => Command::Serve(Serve {
             volume: volume(choices),
             queues: choices.any(),
@@ -243,6 +260,7 @@ fn random_command(choices: &mut Choices<'_>) -> Command {
         3 => Command::Unstage,
         4 => Command::Resume,
         5 => Command::Grow { bytes: choices.any() },
+        6 => Command::Upgrade,
         _ => Command::Stop,
     }
 }
@@ -258,6 +276,7 @@ fn random_said(choices: &mut Choices<'_>) -> Said {
                 bytes: choices.any(),
                 connected: flag(choices),
                 held: flag(choices),
+                version: text(choices),
             }),
             1 => Reply::Done,
             _ => Reply::Failed(text(choices)),

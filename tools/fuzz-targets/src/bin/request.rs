@@ -193,7 +193,8 @@ impl Disk {
             rest = behind;
         }
         let volume = self.volume.as_ref().unwrap();
-        let Outcome { status_place, result, data_bytes, .. } = request::execute(&mut chain, &GuestMemory::default(), volume, &SERIAL, batch);
+        let Outcome { status_place, result, data_bytes, .. } =
+            request::execute(&mut chain, &GuestMemory::default(), volume, &SERIAL, batch);
         let has_place = status_place.is_some();
         if let Some(place) = status_place {
             assert_eq!(place.copy_from_slice(&[0x55]), Ok(1));

@@ -20,7 +20,7 @@ use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::{events, file, socket, stand_in};
 use pando::units::ClusterSize;
-use pando::vhost_user::attachment::{AttachedDelta, Attachment, Endpoint, HOLD_DEFAULT, Offer, Part};
+use pando::vhost_user::attachment::{AttachedBase, AttachedDelta, Attachment, Endpoint, HOLD_DEFAULT, Offer, Part};
 use pando::vhost_user::control::{Command, Controllers, Event, Reply, Report, Said, VolumeSpec};
 use pando::vhost_user::conversation::Conversation;
 use pando::vhost_user::keeper::{self, KeeperError};
@@ -75,7 +75,7 @@ impl Volumed {
         let copy = |file: &File| file.try_clone().expect("a copy");
         Part {
             tag: self.tag.clone(),
-            base: self.has_base.then(|| copy(&BASE)),
+            base: self.has_base.then(|| AttachedBase { file: copy(&BASE), label: "base".to_owned() }),
             delta: self.delta.as_ref().map(|delta| AttachedDelta {
                 file: copy(delta),
                 label: self.tag.clone(),
@@ -88,7 +88,8 @@ impl Volumed {
     /// As a controller says it.
     fn spec(&self) -> VolumeSpec {
         let delta = self.delta.as_ref().map(|_| DeltaOrder { label: self.tag.clone(), ephemeral: false });
-        VolumeSpec { tag: self.tag.clone(), has_base: self.has_base, delta, serial: None }
+        let base = self.has_base.then(|| "base".to_owned());
+        VolumeSpec { tag: self.tag.clone(), base, delta, serial: None }
     }
 
     /// Whether writes are refused.
@@ -107,7 +108,7 @@ impl Volumed {
         let header = delta::open::read_header(delta, "fuzz").expect("it is a delta");
         let storage = FileStorage::new(delta.try_clone().expect("a copy")).expect("a mapping");
         let delta = Delta::start(storage, "fuzz".into(), header, Lifetime::Persistent).expect("it opens");
-        let base = if self.has_base { Base::map(&BASE).expect("a mapping") } else { Base::empty() };
+        let base = if self.has_base { Base::map(&BASE, "base".to_owned()).expect("a mapping") } else { Base::empty() };
         let volume: Volume = Volume::cow(base, delta);
         let sectors = self.disk.sectors();
         let mut found = vec![0; sectors as usize * SECTOR];

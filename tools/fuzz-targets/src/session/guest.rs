@@ -157,7 +157,7 @@ impl Guest {
     pub fn write(&self, address: u64, bytes: &[u8]) {
         let (mut pieces, mut done) = (Vec::new(), 0);
         self.memory.writable(address, bytes.len() as u64, &mut pieces);
-        pieces.iter().for_each(|piece| done += piece.copy_from_slice(&bytes[done..]));
+        pieces.iter().for_each(|piece| done += piece.copy_from_slice(&bytes[done..]).expect("memory that stays"));
     }
 
     /// All of the memory, and what lies about it.
