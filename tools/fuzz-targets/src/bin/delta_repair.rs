@@ -93,7 +93,7 @@ fn open_volume(delta: &File) -> Option<Volume> {
     open::check_length(delta, &header, "fuzz").ok()?;
     let storage = FileStorage::new(delta.try_clone().unwrap()).ok()?;
     let delta = Delta::start(storage, "fuzz".into(), header, Lifetime::Persistent).ok()?;
-    Some(Volume::cow(Base::map(&BASE).unwrap(), delta))
+    Some(Volume::cow(Base::map(&BASE, "base".to_owned()).unwrap(), delta))
 }
 
 /// Writes, zeros, discards and flushes, and then closes, or dies.

@@ -300,7 +300,7 @@ impl Model {
 
 /// Whether a head is marked as in flight, as the documentation of the slot has it.
 fn is_in_flight(head: u16) -> bool {
-    slot(0, SIZE_MAX).read::<1>(16 + usize::from(head) * 16)[0] != 0
+    slot(0, SIZE_MAX).read::<8>(16 + usize::from(head) * 16)[0] != 0
 }
 
 /// Runs what may die; `None` when it has.
