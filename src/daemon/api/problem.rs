@@ -20,9 +20,22 @@ impl Failure {
             kind: format!("about:blank#{kind}"),
             title: kind.replace('-', " "),
             status: status.as_u16(),
-            detail: detail.into(),
+            detail: within_reason(detail.into()),
         })
     }
+}
+
+/// An explanation that is as long as anybody reads: what a caller has sent may stand in it, and more than once.
+fn within_reason(detail: String) -> String {
+    const START_CHARS: usize = 500;
+    const END_CHARS: usize = 300;
+    let count = detail.chars().count();
+    if count <= START_CHARS + END_CHARS {
+        return detail;
+    }
+    let start: String = detail.chars().take(START_CHARS).collect();
+    let end: String = detail.chars().skip(count - END_CHARS).collect();
+    format!("{start} ... {end}")
 }
 
 impl From<Error> for Failure {
@@ -53,5 +66,19 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         (status, [(header::CONTENT_TYPE, "application/problem+json")], Json(self.0)).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_explanation_is_no_longer_than_anybody_reads() {
+        let Failure(problem) =
+            Failure::new(StatusCode::BAD_REQUEST, "malformed", "\u{20ac}".repeat(20_000) + " at the end");
+        assert!(problem.detail.len() < 4096 && problem.detail.ends_with(" at the end"), "{}", problem.detail);
+        let Failure(problem) = Failure::new(StatusCode::BAD_REQUEST, "malformed", "as it is");
+        assert_eq!(problem.detail, "as it is");
     }
 }

@@ -301,6 +301,7 @@ fn check(method: &str, route: Option<&str>, answer: &Answer) {
         (_, route) if route.starts_with("/v1/volumes") => is::<types::Volume>(answer),
         ("GET", "/v1/attachments") => is::<Vec<types::Attachment>>(answer),
         (_, route) if route.starts_with("/v1/attachments") => is::<types::Attachment>(answer),
+        (_, "/v1/upgrade") => is::<Vec<types::Upgraded>>(answer),
         (_, "/v1/vms") => is::<Vec<types::Vm>>(answer),
         ("GET", "/v1/deployments") => is::<Vec<types::Deployment>>(answer),
         (_, route) if route.starts_with("/v1/deployments") => is::<types::Deployment>(answer),
