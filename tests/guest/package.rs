@@ -76,7 +76,8 @@ fn the_package_makes_a_service_that_backends_outlive() {
     assert_eq!(said.one("socket"), "/run/pando/vm/vm/root.sock");
     // CAP_CHOWN and CAP_DAC_READ_SEARCH; no new privileges; a filter of system calls.
     assert_eq!(said.one("locked"), "5 1 2");
-    assert_eq!(said.one("limits"), "0 65536");
+    // No core of its own, and no more descriptors than its sandbox leaves it.
+    assert_eq!(said.one("limits"), "0 4096");
     assert_eq!(said.one("restarted"), "kept");
     assert_eq!(said.one("upgraded"), "kept");
     assert_eq!(said.one("stranger"), "refused");
