@@ -132,6 +132,23 @@ fn a_body_of_a_gigabyte_is_not_read() {
 }
 
 #[test]
+fn who_is_refused_while_it_uploads_can_read_why() {
+    let daemon = Daemon::new();
+    let mut stream = UnixStream::connect(daemon.api()).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a limit");
+    stream.set_write_timeout(Some(Duration::from_secs(20))).expect("a limit");
+    let head = "POST /v1/images/upload?sha256=none HTTP/1.1\r\nhost: x\r\ncontent-length: 1073741824\r\n\r\n";
+    stream.write_all(head.as_bytes()).expect("room");
+    let mut answer = [0; 4096];
+    let len = stream.read(&mut answer).expect("an answer");
+    assert!(answer[..len].starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&answer[..len]));
+    // A client in the middle of a write is not cut off: it would tell of a broken pipe, and not of the answer.
+    stream.write_all(&vec![7; 4 << 20]).expect("what comes after the answer is still taken");
+    // But not for ever.
+    assert_eq!(stream.read(&mut answer).expect("the end"), 0);
+}
+
+#[test]
 fn a_thousand_idle_connections_keep_nobody_out_for_long() {
     let daemon = Daemon::new();
     let before = private_bytes_of(daemon.process());

@@ -2,13 +2,17 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -25,6 +29,10 @@ use super::problem::Failure;
 const CONNECTIONS_PER_USER_MAX: usize = 128;
 /// How long a client may take over a request's head, and leave a connection idle.
 const HEAD_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the rest of a body that nobody wants is taken, for its sender to see the answer.
+const REST_PATIENCE: Duration = Duration::from_secs(2);
+/// How many bytes of it.
+const REST_BYTES_MAX: usize = 16 << 20;
 
 /// The connections of each user.
 #[derive(Clone, Default)]
@@ -119,15 +127,54 @@ fn refusal() -> String {
     )
 }
 
+/// A request's body. What is left of it when it is dropped is taken for a while and thrown away: a connection that
+/// is closed while its client writes has the client report a broken pipe, and not the answer that tells it why.
+struct Upload(Option<Incoming>);
+
+impl hyper::body::Body for Upload {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        self.0.as_mut().map_or(Poll::Ready(None), |body| Pin::new(body).poll_frame(context))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(SizeHint::default, Incoming::size_hint)
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        let Some(mut rest) = self.0.take().filter(|body| !hyper::body::Body::is_end_stream(body)) else { return };
+        // Without a runtime the daemon ends, and its connections with it.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let discard = async move {
+                let mut bytes = 0;
+                while let Some(Ok(frame)) = rest.frame().await
+                    && bytes < REST_BYTES_MAX
+                {
+                    bytes += frame.data_ref().map_or(0, Bytes::len);
+                }
+            };
+            runtime.spawn(tokio::time::timeout(REST_PATIENCE, discard));
+        }
+    }
+}
+
 async fn serve_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     router: Router,
     caller: Option<Caller>,
     entered: Connection,
 ) {
-    let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+    let service = service_fn(move |request: Request<Incoming>| {
         let mut router = router.clone();
-        let mut request = request.map(Body::new);
+        let mut request = request.map(|body| Body::new(Upload(Some(body))));
         if let Some(caller) = &caller {
             request.extensions_mut().insert(caller.clone());
         }
