@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 
 use crate::daemon::{self, Manner, Options, Places, UidRange};
+use crate::vhost_user::polling::{POLL_DEFAULT, POLL_MAX};
 
 use super::Outcome;
 use super::serve::backend_program;
@@ -28,6 +29,11 @@ pub struct Daemon {
     /// Run each backend as a user of its own, with a group of the same number; nobody else may be one of them, and the daemon has to be root
     #[arg(long, value_name = "FIRST-LAST")]
     backend_uids: Option<UidRange>,
+    /// How long a backend's queue that runs out of requests looks for the next one before it sleeps, at most, in microseconds, while
+    /// requests lately came that soon and nothing else wants the processor; 0: it sleeps at once
+    #[arg(long, value_name = "N", default_value_t = POLL_DEFAULT.as_micros() as u64,
+        value_parser = clap::value_parser!(u64).range(..=POLL_MAX.as_micros() as u64))]
+    poll_us: u64,
     /// For debugging: backends without a sandbox, so that a guest that takes one over can do all that the daemon's user can
     #[arg(long)]
     no_sandbox: bool,
@@ -43,7 +49,12 @@ impl Daemon {
             |path: PathBuf| std::path::absolute(&path).with_context(|| format!("{} is no path", path.display()));
         daemon::run(Options {
             places: Places { state: absolute(self.state_dir)?, run: absolute(self.run_dir)? },
-            backends: Manner { program: backend_program(), sandbox: !self.no_sandbox, users: self.backend_uids },
+            backends: Manner {
+                program: backend_program(),
+                sandbox: !self.no_sandbox,
+                users: self.backend_uids,
+                poll_us: self.poll_us,
+            },
             metrics_address: self.metrics_listen,
         })?;
         Ok(Outcome::Done)

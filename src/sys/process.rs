@@ -315,6 +315,11 @@ pub fn settle_allocator() {
     }
 }
 
+/// How many processors this process may use; one if nobody says.
+pub fn processors() -> u32 {
+    rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count())
+}
+
 /// Gives a number that nobody else's delta has.
 pub fn random_uuid() -> [u8; 16] {
     uuid::Uuid::new_v4().into_bytes()

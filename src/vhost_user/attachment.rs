@@ -130,6 +130,8 @@ pub struct Offer {
     pub tracks_inflight: bool,
     /// How long a request waits while the delta's file system is full; zero: it fails at once.
     pub hold: Duration,
+    /// How long a queue without work looks at its ring before it sleeps, at most; zero: it sleeps at once.
+    pub poll: Duration,
     /// The guest comes from another backend, which has the delta until then: it is neither locked nor opened before a ring starts.
     pub incoming: bool,
 }

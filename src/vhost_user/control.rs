@@ -57,6 +57,8 @@ pub struct Serve {
     pub resumed: bool,
     /// How long a request waits while the delta's file system is full, in milliseconds; 0: it fails at once.
     pub hold_ms: u64,
+    /// How long a queue without work looks at its ring before it sleeps, at most, in microseconds.
+    pub poll_us: u64,
     /// The VMM loads the guest's kernel, so that every driver that starts from nothing is a boot.
     pub kernel_from_vmm: bool,
 }

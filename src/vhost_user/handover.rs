@@ -4,7 +4,7 @@
 //! one before, so that a host is upgraded step by step; whether it can is found out ahead, by having it read the state ([`CHECK_ARGUMENT`]).
 //!
 //! ```text
-//! magic (8) | version (4, little-endian) | the fields of State, as postcard writes them
+//! magic (8) | version (4, little-endian) | the fields of State, as postcard writes them | from version 2 on: those of Further
 //! ```
 //!
 //! Knows no messages and no files but by number.
@@ -21,6 +21,7 @@ use super::boot::History;
 use super::device::SERIAL_BYTES;
 use super::inflight::RegionShape;
 use super::order::LogPlace;
+use super::polling::POLL_DEFAULT;
 use super::ring::RingPlace;
 use crate::sys::guest::RegionPlace;
 
@@ -30,8 +31,8 @@ pub const RESUME_ARGUMENT: &str = "--resume";
 pub const CHECK_ARGUMENT: &str = "--check-state";
 
 const MAGIC: [u8; 8] = *b"PANDOKPR";
-/// The version that this program writes. It reads this one; there is none before it.
-const VERSION: u32 = 1;
+/// The version that this program writes. It reads this one and the one before.
+const VERSION: u32 = 2;
 /// Far above the largest: 128 regions and 256 rings.
 const BYTES_MAX: u64 = 1 << 20;
 
@@ -42,7 +43,7 @@ pub enum HandoverError {
     #[error("what is handed over is not the state of a keeper")]
     Magic,
     /// Of a program that is too old or too new.
-    #[error("the state of the keeper has version {found}, and this program knows version {VERSION}")]
+    #[error("the state of the keeper has version {found}, and this program knows versions {} and {VERSION}", VERSION - 1)]
     Version { found: u32 },
     /// Cut off, or of another program.
     #[error("the state of the keeper cannot be read")]
@@ -97,6 +98,21 @@ pub struct State {
     pub service: ServiceState,
     /// The front end that is connected.
     pub session: Option<SessionState>,
+    /// What version 1 does not have.
+    #[serde(skip)]
+    pub further: Further,
+}
+
+/// What has come with version 2. A keeper of version 1 goes on with the defaults.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Further {
+    pub poll_us: u64,
+}
+
+impl Default for Further {
+    fn default() -> Further {
+        Further { poll_us: POLL_DEFAULT.as_micros() as u64 }
+    }
 }
 
 /// What serves the volume.
@@ -179,18 +195,27 @@ impl State {
     pub fn encode(&self) -> Result<Vec<u8>, HandoverError> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(VERSION.to_le_bytes());
-        postcard::to_extend(self, bytes).map_err(HandoverError::Decode)
+        let bytes = postcard::to_extend(self, bytes).map_err(HandoverError::Decode)?;
+        postcard::to_extend(&self.further, bytes).map_err(HandoverError::Decode)
     }
 
-    /// Reads a state of this version.
+    /// Reads a state of this version or the one before.
     pub fn decode(bytes: &[u8]) -> Result<State, HandoverError> {
         let (magic, rest) = bytes.split_first_chunk::<8>().ok_or(HandoverError::Magic)?;
         let (version, rest) = rest.split_first_chunk::<4>().ok_or(HandoverError::Magic)?;
-        match (*magic == MAGIC, u32::from_le_bytes(*version)) {
-            (false, _) => Err(HandoverError::Magic),
-            (true, VERSION) => postcard::from_bytes(rest).map_err(HandoverError::Decode),
-            (true, found) => Err(HandoverError::Version { found }),
+        if *magic != MAGIC {
+            return Err(HandoverError::Magic);
         }
+        let found = u32::from_le_bytes(*version);
+        if !(VERSION - 1..=VERSION).contains(&found) {
+            return Err(HandoverError::Version { found });
+        }
+        let (state, rest) = postcard::take_from_bytes(rest).map_err(HandoverError::Decode)?;
+        let further = match found {
+            VERSION => postcard::from_bytes(rest).map_err(HandoverError::Decode)?,
+            _ => Further::default(),
+        };
+        Ok(State { further, ..state })
     }
 
     /// Reads the state that descriptor 0 is.

@@ -138,7 +138,7 @@ pub fn resume(signals: &StopSignals) -> Result<(), KeeperError> {
         (stream, false) => Endpoint::Connected(stream.into()),
     };
     let signals = copy(signals.as_fd())?;
-    let service = Mutex::new(Service::thaw(state.service, signals, front_ends_of(&endpoint)?)?);
+    let service = Mutex::new(Service::thaw(state.service, &state.further, signals, front_ends_of(&endpoint)?)?);
     let mut keeper = Keeper { service: &service, endpoint, stream: None };
     let Some(session) = state.session else {
         let upgraded = keeper.service().prepare_successor();
@@ -216,6 +216,7 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
             ring_size_max: serve.ring_size_max,
             tracks_inflight: true,
             hold: Duration::from_millis(serve.hold_ms),
+            poll: Duration::from_micros(serve.poll_us),
             incoming: false,
         },
         counters: File::from(counters),
@@ -343,6 +344,7 @@ impl<'k> Keeper<'k> {
             endpoint_listens,
             service: self.service().freeze(&mut keeping),
             session,
+            further: self.service().freeze_further(),
         };
         Ok(handover::execute(program.as_fd(), &state, &keeping, sandbox::further_arguments()))
     }

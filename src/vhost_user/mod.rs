@@ -20,6 +20,7 @@ pub mod hold;
 pub mod inflight;
 pub mod keeper;
 pub mod order;
+pub mod polling;
 pub mod queue;
 pub mod request;
 pub mod ring;

@@ -53,6 +53,8 @@ pub struct VolumeOrder {
     pub serial: Option<[u8; SERIAL_BYTES]>,
     /// How long a request waits while the delta's file system is full, in milliseconds; 0: it fails at once.
     pub hold_ms: u64,
+    /// How long a queue without work looks at its ring before it sleeps, at most, in microseconds.
+    pub poll_us: u64,
     /// How much to log.
     pub log_level: u8,
     /// Which boot of the host this is ([`crate::sys::process::boot_id`]).

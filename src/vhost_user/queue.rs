@@ -27,6 +27,7 @@ use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
 use super::hold::Hold;
 use super::order::RingStop;
+use super::polling::Polling;
 use super::request::{self, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
 use super::steps::{self, Step};
@@ -50,6 +51,8 @@ pub struct Queue {
     pub again: VecDeque<u16>,
     /// Requests that wait for room.
     pub hold: Hold,
+    /// How long to look at the ring before sleeping.
+    pub polling: Polling,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -214,6 +217,8 @@ impl Queue {
         if !self.again.is_empty() {
             log::info!("ring {}: {} requests of the last worker's are carried out again", self.index, self.again.len());
         }
+        // When requests ran out.
+        let mut idle_since = None;
         loop {
             if self.again.is_empty() && stop.asked.load(Ordering::Acquire) {
                 // What waits for room waits on where this ring goes, unless nobody there knows of it.
@@ -229,14 +234,19 @@ impl Queue {
             let waiting = if self.again.is_empty() { self.ring.waiting()? } else { 0 };
             if waiting > 0 || !self.again.is_empty() {
                 let taken = Instant::now();
+                if let Some(since) = idle_since.take() {
+                    self.polling.came_after(taken - since);
+                }
                 self.vitals.begin(self.index);
                 let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
                 // What was taken is completed also when the ring broke behind it.
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
-                tally.count(&self.counters, self.index, taken.elapsed());
+                let shown = Instant::now();
+                tally.count(&self.counters, self.index, shown - taken);
                 self.vitals.end(self.index);
+                idle_since = Some(shown);
                 result?;
-            } else if !self.resume_kicks() {
+            } else if !self.poll(idle_since, stop)? && !self.resume_kicks() {
                 epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
                 self.suspend_kicks();
             }
@@ -315,6 +325,30 @@ impl Queue {
             });
         }
         Ok(())
+    }
+
+    /// Looks at the ring for a while, if that is worth it, when requests ran out at `since`. Whether there is something to do.
+    fn poll(&mut self, since: Option<Instant>, stop: &Stop) -> Result<bool, RingError> {
+        /// Between two looks at the clock.
+        const LOOKS: u32 = 8;
+        let Some(since) = since.filter(|_| self.hold.is_empty()) else { return Ok(false) };
+        let Some(window) = self.polling.window(since) else { return Ok(false) };
+        let Some(_poller) = self.polling.enter() else { return Ok(false) };
+        let mut last = since;
+        loop {
+            for _ in 0..LOOKS {
+                if self.ring.waiting()? > 0 || stop.asked.load(Ordering::Acquire) {
+                    self.polling.was_left_alone();
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            let now = Instant::now();
+            if now - since > window || self.polling.was_taken_away(last, now) {
+                return Ok(false);
+            }
+            last = now;
+        }
     }
 
     /// Makes the batch's writes safe, and then shows its completions to the driver.

@@ -24,6 +24,7 @@ use super::device::{self, Description, Device};
 use super::hold::Hold;
 use super::inflight::{InflightError, RegionShape};
 use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
+use super::polling::Polling;
 use super::queue::{Queue, QueueLog, RunningQueue};
 use super::ring::{self, Ring, RingError};
 use super::sandbox;
@@ -177,6 +178,8 @@ struct Worker {
     vitals: Arc<Vitals>,
     /// How long a request waits for room.
     hold: Duration,
+    /// How long a queue polls at most.
+    poll: Duration,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -240,6 +243,7 @@ impl Worker {
             counters: Arc::new(counters),
             vitals: Arc::new(vitals),
             hold: Duration::from_millis(order.hold_ms),
+            poll: Duration::from_micros(order.poll_us),
             rings: BTreeMap::new(),
         };
         Ok((opened, worker))
@@ -338,6 +342,7 @@ impl Worker {
             ring,
             again: inherited.into(),
             hold: Hold::new(self.hold),
+            polling: Polling::new(self.poll),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),

@@ -139,6 +139,43 @@ fn an_idle_backend_stops_at_once() {
     assert_eq!(phase(&disk), Phase::Closed);
 }
 
+/// Processor time of all threads of a process, in nanoseconds.
+fn running_time(process: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("a process");
+    let times = tasks.map(|task| {
+        let path = task.expect("a thread").path().join("schedstat");
+        let text = std::fs::read_to_string(path).expect("its times");
+        text.split(' ').next().and_then(|time| time.parse::<u64>().ok()).expect("a number")
+    });
+    times.sum()
+}
+
+#[test]
+fn a_queue_that_has_polled_sleeps_when_nothing_comes() {
+    let disk = Disk::new(DISK_BYTES);
+    for arguments in [&["--poll-us", "0"][..], &[], &["--poll-us", "10000"]] {
+        let backend = disk.serve_as(&[arguments, &["--read-only"]].concat());
+        let mut client = Client::start(&backend, &Profile::qemu());
+        let worker = backend.worker();
+        for _ in 0..3 {
+            // One at a time, so that the queue is left without work after each.
+            for sector in 0..500 {
+                let at = sector * SECTOR;
+                assert_eq!(client.queues[0].read(sector as u64, SECTOR), disk.contents[at..at + SECTOR]);
+            }
+            let mut before = running_time(worker);
+            let mut moments = 0;
+            wait_until("the worker sleeps", || {
+                std::thread::sleep(Duration::from_millis(100));
+                moments += 1;
+                let now = running_time(worker);
+                now == std::mem::replace(&mut before, now)
+            });
+            assert!(moments < 10, "it takes {arguments:?} a second to fall asleep");
+        }
+    }
+}
+
 #[test]
 fn ephemeral_writes_go_with_the_process() {
     let disk = Disk::new(DISK_BYTES);

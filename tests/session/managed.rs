@@ -138,6 +138,7 @@ pub fn manner() -> Serve {
         name: "vm-1".to_owned(),
         resumed: false,
         hold_ms: 60_000,
+        poll_us: 50,
         kernel_from_vmm: false,
     }
 }

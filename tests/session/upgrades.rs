@@ -9,7 +9,7 @@ use std::time::Duration;
 use pando::sys::shared;
 use pando::vhost_user::boot::{Driver, History, RingStart, Start};
 use pando::vhost_user::control::{Command, Reply};
-use pando::vhost_user::handover::State;
+use pando::vhost_user::handover::{Further, State};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -152,11 +152,15 @@ fn what_is_staged_and_what_boots_have_been_seen_is_handed_over() {
     assert_eq!(client.queues[0].read(0, SECTOR), [0x22; SECTOR]);
 }
 
-/// A state as version 1 wrote it: whatever programs come, this one is understood by those that know version 1.
+/// States as versions 1 and 2 wrote them: whatever programs come, these are understood by those that know the version.
 #[test]
-fn the_first_version_of_the_state_is_read() {
-    let frozen = include_bytes!("../frozen/keeper-state-1");
-    let state = State::decode(frozen).expect("a state of version 1");
+fn frozen_states_of_this_version_and_the_one_before_are_read() {
+    let frozen = include_bytes!("../frozen/keeper-state-2");
+    let before = State::decode(include_bytes!("../frozen/keeper-state-1")).expect("a state of version 1");
+    assert_eq!(before.further, Further::default(), "what version 1 does not have is as ever");
+    let state = State::decode(frozen).expect("a state of version 2");
+    assert_eq!(state.further, Further { poll_us: 77 });
+    assert_eq!(State { further: Further::default(), ..State::decode(frozen).expect("the same") }, before);
     assert_eq!(state.service.name, "vm-1/os");
     assert_eq!(state.session.as_ref().map(|session| (session.rings.len(), session.regions.len())), Some((2, 2)));
     let mut history = History::new(false, false);
@@ -164,5 +168,5 @@ fn the_first_version_of_the_state_is_read() {
     history.start(&Start { driver: Driver::OperatingSystem, new_connection: true, rings });
     history.stopped(0, 77);
     assert_eq!(state.service.history, history);
-    assert_eq!(state.encode().expect("a state"), frozen, "this program writes version 1");
+    assert_eq!(state.encode().expect("a state"), frozen, "this program writes version 2");
 }

@@ -13,6 +13,7 @@ use pando::vhost_user::attachment::HOLD_DEFAULT;
 use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::handover::{CHECK_ARGUMENT, RESUME_ARGUMENT};
+use pando::vhost_user::polling::{POLL_DEFAULT, POLL_MAX};
 use pando::vhost_user::ring::RING_SIZE_MAX;
 use pando::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
 use pando::vhost_user::worker::WORKER_ARGUMENT;
@@ -48,6 +49,10 @@ What is offered:
   --queues N           virtqueues (16; a thread exists for each that the guest uses)
   --queue-size N       the largest virtqueue that is taken, in descriptors (32768)
   --serial TEXT        the disk's serial number, up to 20 characters (one of its own for each delta)
+
+How it waits:
+  --poll-us N          a queue that runs out of requests looks for the next one for up to N microseconds before it sleeps,
+                       while requests lately came that soon and nothing else wants the processor (50; 0: it sleeps at once)
 
   --log LEVEL          error, warn, info (the default), debug or trace, to standard error
   --no-inflight        keep no account of requests in flight, to measure what it costs: a crash may then lose some
@@ -90,6 +95,7 @@ pub struct Options {
     pub serial: Option<String>,
     pub tracks_inflight: bool,
     pub hold: Duration,
+    pub poll: Duration,
     pub log_level: log::LevelFilter,
     pub sandbox: bool,
 }
@@ -144,6 +150,7 @@ struct Typed {
     no_inflight: bool,
     on_full: Option<OnFull>,
     hold_timeout: Option<Duration>,
+    poll_us: Option<u64>,
     log_level: Option<log::LevelFilter>,
     no_sandbox: bool,
 }
@@ -199,6 +206,7 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
                 let time: humantime::Duration = value(&mut parser, "--hold-timeout")?;
                 once(&mut typed.hold_timeout, "--hold-timeout", time.into())?;
             }
+            Long("poll-us") => once(&mut typed.poll_us, "--poll-us", value(&mut parser, "--poll-us")?)?,
             Long("incoming") => typed.incoming = true,
             Long("no-inflight") => typed.no_inflight = true,
             Long("read-only") => typed.read_only = true,
@@ -288,6 +296,8 @@ impl Typed {
             (Some(OnFull::Error), Some(_)) => bail!("--hold-timeout is for --on-full hold: leave one of them out"),
             (_, timeout) => timeout.unwrap_or(HOLD_DEFAULT),
         };
+        let poll = self.poll_us.map_or(POLL_DEFAULT, Duration::from_micros);
+        ensure!(poll <= POLL_MAX, "--poll-us {}: expected at most {}", poll.as_micros(), POLL_MAX.as_micros());
         let queues = self.queues.unwrap_or(16);
         // Each ring that runs costs a thread and some descriptors.
         ensure!((1..=256).contains(&queues), "--queues {queues}: expected 1 to 256");
@@ -315,6 +325,7 @@ impl Typed {
             serial: self.serial,
             tracks_inflight: !self.no_inflight,
             hold,
+            poll,
             log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
             sandbox: !self.no_sandbox,
         })

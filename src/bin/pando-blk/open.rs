@@ -93,6 +93,7 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
             ring_size_max: options.ring_size_max,
             tracks_inflight: options.tracks_inflight,
             hold: options.hold,
+            poll: options.poll,
             incoming: matches!(options.volume, Volume::Delta { incoming: true, .. }),
         },
         counters: counters::create().context("cannot make a page for the counters")?,

@@ -242,6 +242,7 @@ impl Backends {
             name: launch.name.clone(),
             resumed: launch.resumed,
             hold_ms: launch.hold_ms,
+            poll_us: self.manner.poll_us,
             kernel_from_vmm: launch.kernel_from_vmm,
         });
         let mut descriptors = vec![listener.as_fd(), controllers.as_fd(), counters.as_fd()];

@@ -27,6 +27,8 @@ pub struct Manner {
     pub sandbox: bool,
     /// Whom they run as, each as another; `None`: as the daemon does.
     pub users: Option<UidRange>,
+    /// How long a queue of theirs without work looks at its ring before it sleeps, at most, in microseconds.
+    pub poll_us: u64,
 }
 
 /// Starts the backend's program, and gives the connection to it. Dropped, the process goes on, and is waited for when it ends.

@@ -10,7 +10,7 @@ use crate::vhost_user::attachment::{Offer, Part};
 use crate::vhost_user::control::Controllers;
 use crate::vhost_user::conversation::Conversation;
 use crate::vhost_user::device::Device;
-use crate::vhost_user::handover::{HandoverError, Keeping, ServiceState};
+use crate::vhost_user::handover::{Further, HandoverError, Keeping, ServiceState};
 use crate::vhost_user::order::Opened;
 use crate::vhost_user::vitals::Watch;
 
@@ -51,8 +51,18 @@ impl Service {
         }
     }
 
+    /// What version 1 of that does not have.
+    pub fn freeze_further(&self) -> Further {
+        Further { poll_us: self.offer.poll.as_micros() as u64 }
+    }
+
     /// The same in that program.
-    pub fn thaw(state: ServiceState, signals: OwnedFd, front_ends: Option<OwnedFd>) -> Result<Service, HandoverError> {
+    pub fn thaw(
+        state: ServiceState,
+        further: &Further,
+        signals: OwnedFd,
+        front_ends: Option<OwnedFd>,
+    ) -> Result<Service, HandoverError> {
         let system = |action| move |source| HandoverError::System { action, source };
         let worker = match state.worker {
             Some((process, conversation)) => Some(Worker {
@@ -71,6 +81,7 @@ impl Service {
             ring_size_max: state.ring_size_max,
             tracks_inflight: inflight.is_some(),
             hold: Duration::from_millis(state.hold_ms),
+            poll: Duration::from_micros(further.poll_us),
             incoming: false,
         };
         let opened = Opened {

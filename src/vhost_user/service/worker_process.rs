@@ -108,6 +108,7 @@ impl Worker {
             queues: offer.queues,
             serial: part.serial,
             hold_ms: offer.hold.as_millis() as u64,
+            poll_us: offer.poll.as_micros() as u64,
             log_level: log::max_level() as u8,
             boot: process::boot_id().map_err(WorkerError::Start)?,
         };

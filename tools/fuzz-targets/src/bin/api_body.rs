@@ -184,7 +184,7 @@ impl Site {
     }
 
     fn open(root: &Path) -> Site {
-        let manner = Manner { program: "/bin/false".into(), sandbox: false, users: None };
+        let manner = Manner { program: "/bin/false".into(), sandbox: false, users: None, poll_us: 0 };
         let (notices, _) = tokio::sync::mpsc::unbounded_channel();
         let backends = Backends::new(manner, RUNTIME.handle().clone(), notices);
         let places = Places { state: root.join("state"), run: root.join("run") };

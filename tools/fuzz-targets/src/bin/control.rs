@@ -41,9 +41,13 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(open_descriptors(), before, "a descriptor stays open");
 });
 
-/// Reads the state of a keeper: that of the first version with some bytes changed, or cut off.
+/// Reads the state of a keeper, of either version, with some bytes changed, or cut off.
 fn hand_over(choices: &mut Choices<'_>) {
-    let mut bytes = include_bytes!("../../../../tests/frozen/keeper-state-1").to_vec();
+    let frozen: [&[u8]; 2] = [
+        include_bytes!("../../../../tests/frozen/keeper-state-1"),
+        include_bytes!("../../../../tests/frozen/keeper-state-2"),
+    ];
+    let mut bytes = frozen[choices.below(2) as usize].to_vec();
     for _ in 0..choices.below(8) {
         let at = choices.below(bytes.len() as u64) as usize;
         bytes[at] = choices.any();

@@ -25,6 +25,7 @@ use pando::vhost_user::control::{Command, Controllers, Event, Reply, Report, Sai
 use pando::vhost_user::conversation::Conversation;
 use pando::vhost_user::keeper::{self, KeeperError};
 use pando::vhost_user::order::DeltaOrder;
+use pando::vhost_user::polling::POLL_DEFAULT;
 use pando::vhost_user::{counters, worker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -181,6 +182,7 @@ impl Backend {
                 ring_size_max: 256,
                 tracks_inflight: true,
                 hold: HOLD_DEFAULT,
+                poll: POLL_DEFAULT,
                 incoming: false,
             },
             counters: counters::create().expect("memory"),
