@@ -142,7 +142,7 @@ pub fn resume(signals: &StopSignals) -> Result<(), KeeperError> {
     let mut keeper = Keeper { service: &service, endpoint, stream: None };
     let Some(session) = state.session else {
         let upgraded = keeper.service().prepare_successor();
-        let upgraded = upgraded.and_then(|successor| keeper.service().succeed(successor));
+        let upgraded = upgraded.and_then(|successor| keeper.service().succeed(successor)).map(drop);
         keeper.answer_upgrade(upgraded)?;
         return keeper.serve();
     };
@@ -372,7 +372,10 @@ impl<'k> Keeper<'k> {
         } else if woken.worker_gone && !woken.stop {
             let revived = match session() {
                 Some(session) => session.revive(),
-                None => self.service().replace_dead(),
+                None => {
+                    let replaced = self.service().replace_dead();
+                    self.service().bury().and(replaced)
+                }
             };
             match revived {
                 Ok(()) | Err(WorkerError::Stopped) => {}

@@ -14,6 +14,7 @@
 //! Two environment variables, in debug builds alone, let tests see that all of this holds: `PANDO_SANDBOX_WITHOUT=worker:NAME` leaves
 //! a line out, and `PANDO_ATTEMPT=worker:NAME` has a process try something once its sandbox is closed ([`crate::sys::sandbox::attempt`]).
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -245,15 +246,16 @@ pub fn close_keeper(socket_directory: Option<&Path>) -> Result<(), SandboxError>
     Ok(())
 }
 
-/// Closes the worker's sandbox, within that of its keeper. To be called before the first order, while the process has one thread.
-pub fn close_worker() -> Result<(), SandboxError> {
+/// Closes the worker's sandbox, within that of its keeper. To be called before the first order, while the process has one thread. Gives what the keeper
+/// learns of its death by, if there is such a thing.
+pub fn close_worker() -> Result<Option<OwnedFd>, SandboxError> {
     if stays_open() {
-        return Ok(());
+        return Ok(None);
     }
     files::give_up_all_but(&[])?;
-    calls::give_up_all_but(left("worker", WORKER.iter()).chain(ELSEWHERE))?;
+    let watch = calls::give_up_all_but_watched(left("worker", WORKER.iter()).chain(ELSEWHERE))?;
     attempt("worker");
-    Ok(())
+    Ok(watch)
 }
 
 /// What to add where a worker's end is reported, if it tells something.

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -99,8 +100,8 @@ pub fn run() -> io::Result<()> {
     process::set_name(c"pando-worker");
     steps::choose();
     let conversation = Conversation::over(process::standard_input().into(), "keeper");
-    sandbox::close_worker().map_err(io::Error::other)?;
-    serve(&conversation, &mut None)
+    let watch = sandbox::close_worker().map_err(io::Error::other)?;
+    serve(&conversation, &mut None, watch)
 }
 
 /// As [`run`], in a thread that stands in for the process: what the end of a process ends is ended here, and completes what it has taken.
@@ -108,7 +109,7 @@ pub fn run() -> io::Result<()> {
 pub fn stand_in(conversation: std::os::fd::OwnedFd) {
     let mut worker = None;
     let conversation = Conversation::over(conversation.into(), "keeper");
-    let serves = std::panic::AssertUnwindSafe(|| serve(&conversation, &mut worker));
+    let serves = std::panic::AssertUnwindSafe(|| serve(&conversation, &mut worker, None));
     // Whoever listens is told that it is gone, as of any worker that fails.
     let _ = std::panic::catch_unwind(serves);
     for ring in worker.into_iter().flat_map(|worker| worker.rings.into_values()) {
@@ -117,7 +118,8 @@ pub fn stand_in(conversation: std::os::fd::OwnedFd) {
     }
 }
 
-fn serve(conversation: &Conversation, worker: &mut Option<Worker>) -> io::Result<()> {
+/// `watch` goes to the keeper with the first answer.
+fn serve(conversation: &Conversation, worker: &mut Option<Worker>, mut watch: Option<OwnedFd>) -> io::Result<()> {
     loop {
         let (order, descriptors) = match conversation.receive() {
             Ok(received) => received,
@@ -137,7 +139,8 @@ fn serve(conversation: &Conversation, worker: &mut Option<Worker>) -> io::Result
             }
         };
         steps::reach(Step::Unanswered);
-        match conversation.send(&answer, &[]) {
+        let watch = watch.take();
+        match conversation.send(&answer, &watch.iter().map(AsFd::as_fd).collect::<Vec<_>>()) {
             Err(ConversationError::Gone(_)) => return Ok(()),
             result => result.map_err(io::Error::other)?,
         }

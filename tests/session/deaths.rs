@@ -51,9 +51,9 @@ pub fn work<T>(storms: &mut [Storm], meanwhile: impl FnOnce() -> T) -> T {
     })
 }
 
-/// The worker, once there is one.
+/// The worker, once there is one: the youngest child, as one that has died may still be there.
 fn any_worker(keeper: u32) -> Option<u32> {
-    children_of(keeper).first().copied()
+    children_of(keeper).last().copied()
 }
 
 /// Ends the worker, if there is one right now. Whether there was.
@@ -63,7 +63,7 @@ pub fn kill_worker(backend: &Backend) -> bool {
 
 /// Sees that the disk holds what the work has written, through the backend and in its files.
 #[track_caller]
-fn check_all(disk: &Disk, mut backend: Backend, client: Client, storms: &mut [Storm]) {
+pub fn check_all(disk: &Disk, mut backend: Backend, client: Client, storms: &mut [Storm]) {
     let model = Storm::merge(storms);
     for at in (0..model.len()).step_by(32 << 10) {
         let found = storms[0].queue.read((at / SECTOR) as u64, 32 << 10);

@@ -246,11 +246,14 @@ impl Backend {
         self.child.id()
     }
 
-    /// The worker's process.
+    /// The worker's process. One that has died may be there for a moment beside it.
     #[track_caller]
     pub fn worker(&self) -> u32 {
-        let children = children_of(self.keeper());
-        assert_eq!(children.len(), 1, "a keeper has one worker");
+        let mut children = Vec::new();
+        wait_until("a keeper has one worker", || {
+            children = children_of(self.keeper());
+            children.len() == 1
+        });
         children[0]
     }
 

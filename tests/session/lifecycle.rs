@@ -363,7 +363,7 @@ fn a_worker_killed_between_sessions_is_replaced() {
         let worker = backend.worker();
         send(worker, Signal::KILL);
         wait_until("there is another worker", || {
-            super::harness::children_of(backend.keeper()).first().is_some_and(|other| *other != worker)
+            super::harness::children_of(backend.keeper()).last().is_some_and(|other| *other != worker)
         });
     }
     check_served(&backend, &mut model, 9);

@@ -27,6 +27,7 @@ mod hostile;
 mod lifecycle;
 mod messages;
 mod migration;
+mod neighbour;
 mod reference;
 mod requests;
 pub mod sandbox;

@@ -105,6 +105,29 @@ fn keeper_and_worker_are_closed_in_as_they_run() {
     check_closed(backend.worker());
 }
 
+/// How many descriptors the keeper has by which it learns at once that a worker's filter is nobody's any more.
+fn watches_of(keeper: u32) -> usize {
+    let entries = fs::read_dir(format!("/proc/{keeper}/fd")).expect("its descriptors").flatten();
+    let is_watch = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path()).is_ok_and(|link| link.ends_with("anon_inode:seccomp notify"))
+    };
+    entries.filter(is_watch).count()
+}
+
+#[test]
+fn a_keeper_watches_its_worker_by_the_workers_filter() {
+    let disk = Disk::new(DISK_BYTES);
+    let backend = disk.serve();
+    let mut model = disk.contents.clone();
+    assert_eq!(watches_of(backend.keeper()), 1);
+    for seed in 0..3 {
+        let worker = backend.worker();
+        send(worker, Signal::KILL);
+        check_next(&backend, worker, &mut model, seed);
+        assert_eq!(watches_of(backend.keeper()), 1, "of the worker that is there, and of no other");
+    }
+}
+
 #[test]
 fn a_managed_keeper_and_its_worker_are_closed_in() {
     let disk = Disk::new(DISK_BYTES);
@@ -132,7 +155,7 @@ fn a_backend_without_a_sandbox_says_so() {
 #[track_caller]
 fn check_next(backend: &Backend, last: u32, model: &mut [u8], seed: u64) {
     wait_until("there is another worker", || {
-        children_of(backend.keeper()).first().is_some_and(|worker| *worker != last)
+        children_of(backend.keeper()).last().is_some_and(|worker| *worker != last)
     });
     check_served(backend, model, seed);
 }

@@ -163,7 +163,7 @@ pub fn replay(storage: &impl Storage, generation: u64, clusters: u64) -> io::Res
 pub fn highest_generation(storage: &impl Storage, clusters: u64) -> io::Result<u64> {
     let mut highest = 0;
     for half in [0, 1] {
-        if let Some(entry) = read_entry(storage, half_start(half), LOG_HALF_BYTES, clusters)? {
+        if let Some(entry) = read_entry(&mut HalfReader::new(storage, half), 0, clusters)? {
             highest = highest.max(entry.generation);
         }
     }
@@ -191,7 +191,8 @@ struct Half {
 
 fn read_half(storage: &impl Storage, half: u64, lowest: u64, clusters: u64) -> io::Result<Half> {
     let mut found = Half { half, generation: None, marks: Vec::new(), used: 0 };
-    while let Some(entry) = read_entry(storage, half_start(half) + found.used, LOG_HALF_BYTES - found.used, clusters)? {
+    let mut reader = HalfReader::new(storage, half);
+    while let Some(entry) = read_entry(&mut reader, found.used, clusters)? {
         // What an earlier generation left further on does not count. A generation belongs to one half.
         let counts = entry.generation >= lowest
             && entry.generation % 2 == half
@@ -206,26 +207,57 @@ fn read_half(storage: &impl Storage, half: u64, lowest: u64, clusters: u64) -> i
     Ok(found)
 }
 
+/// Reads a half from its start on, piece by piece, each larger than the last: most logs are short, and who takes a long one over from a dead session
+/// has a guest that waits.
+struct HalfReader<'s, S> {
+    storage: &'s S,
+    start: u64,
+    /// The piece that was read last, and where in the half it starts.
+    piece: Vec<u8>,
+    piece_at: u64,
+}
+
+/// The first piece of a half that is read, and the largest.
+const PIECE_BYTES_MIN: usize = 4 << 10;
+const PIECE_BYTES_MAX: usize = 1 << 20;
+
+impl<S: Storage> HalfReader<'_, S> {
+    fn new(storage: &S, half: u64) -> HalfReader<'_, S> {
+        HalfReader { storage, start: half_start(half), piece: Vec::new(), piece_at: 0 }
+    }
+
+    /// The `len` bytes at `at`, or `None` when the half ends ahead of them.
+    fn bytes(&mut self, at: u64, len: usize) -> io::Result<Option<&[u8]>> {
+        let rest = LOG_HALF_BYTES - at;
+        if len as u64 > rest {
+            return Ok(None);
+        }
+        let held = |reader: &Self| at - reader.piece_at + len as u64 <= reader.piece.len() as u64;
+        if !held(self) {
+            let next = (2 * self.piece.len()).clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX).max(len);
+            self.piece.resize((next as u64).min(rest) as usize, 0);
+            self.piece_at = at;
+            self.storage.read_alone_at(Writable::from_mut_slice(&mut self.piece), self.start + at)?;
+        }
+        let from = (at - self.piece_at) as usize;
+        Ok(Some(&self.piece[from..from + len]))
+    }
+}
+
 struct Entry {
     generation: u64,
     marks: Vec<Mark>,
 }
 
-/// The entry at `offset`, of at most `bytes_max` bytes, or `None` when there is no valid one.
-fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64) -> io::Result<Option<Entry>> {
-    let mut head = [0; ENTRY_HEAD_BYTES];
-    if bytes_max < head.len() as u64 {
-        return Ok(None);
-    }
-    storage.read_alone_at(Writable::from_mut_slice(&mut head), offset)?;
+/// The entry at `at` in a half, where an earlier one ended, or `None` when there is no valid one.
+fn read_entry<S: Storage>(reader: &mut HalfReader<'_, S>, at: u64, clusters: u64) -> io::Result<Option<Entry>> {
+    let Some(head) = reader.bytes(at, ENTRY_HEAD_BYTES)? else { return Ok(None) };
     let [checksum, count] =
         [&head[..4], &head[4..8]].map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-    let len = ENTRY_HEAD_BYTES + (count as usize).saturating_mul(MARK_BYTES);
-    if count == 0 || count as usize > MARKS_PER_ENTRY_MAX || len as u64 > bytes_max {
+    if count == 0 || count as usize > MARKS_PER_ENTRY_MAX {
         return Ok(None);
     }
-    let mut bytes = vec![0; len];
-    storage.read_alone_at(Writable::from_mut_slice(&mut bytes), offset)?;
+    let Some(bytes) = reader.bytes(at, ENTRY_HEAD_BYTES + count as usize * MARK_BYTES)? else { return Ok(None) };
     if crc32c::crc32c(&bytes[4..]) != checksum {
         return Ok(None);
     }
@@ -245,4 +277,70 @@ fn read_entry(storage: &impl Storage, offset: u64, bytes_max: u64, clusters: u64
         marks.push(mark);
     }
     Ok(Some(Entry { generation, marks }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::block::storage::FileStorage;
+
+    /// A file, and how often it is read.
+    struct Counted(FileStorage, AtomicUsize);
+
+    impl Storage for Counted {
+        fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.read_at(into, offset)
+        }
+
+        fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()> {
+            self.0.write_at(from, offset)
+        }
+
+        fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.0.punch_hole(offset, len)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            self.0.sync()
+        }
+    }
+
+    /// A guest waits while a log is read: one of hundreds of thousands of entries takes few reads, and so does an empty one.
+    #[test]
+    fn a_full_log_is_read_back_with_few_reads() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LOG_START + 2 * LOG_HALF_BYTES).unwrap();
+        let storage = Counted(FileStorage::new(file).unwrap(), AtomicUsize::new(0));
+        let mut log = MarkLog::new(6);
+        let mut written = Vec::new();
+        for turn in 0..2 {
+            // Entries of all lengths, so that they lie over the ends of pieces in many ways, until the half is full.
+            for entry in 0.. {
+                let length = if entry % 1000 == 999 { MARKS_PER_ENTRY_MAX as u64 } else { 1 + entry % 5 };
+                let marks =
+                    (0..length).map(|mark| Mark { first: entry + mark, count: 1 + mark % 3, zero: mark % 2 == 0 });
+                let marks: Vec<Mark> = marks.collect();
+                match log.append(&marks, &storage) {
+                    Ok(()) => written.extend(marks),
+                    Err(_) => break,
+                }
+            }
+            if turn == 0 {
+                log.turn();
+            }
+        }
+        let replay = replay(&storage, 6, 1 << 40).unwrap();
+        assert!(replay.marks == written && replay.log == log && replay.other_half_counts);
+        let reads = storage.1.swap(0, Ordering::Relaxed);
+        assert!(reads < 100, "{reads} reads for {} marks", written.len());
+        assert!(super::replay(&storage, 8, 1 << 40).unwrap().marks.is_empty());
+        assert_eq!(storage.1.load(Ordering::Relaxed), 2);
+    }
 }

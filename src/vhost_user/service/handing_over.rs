@@ -68,6 +68,8 @@ impl Service {
             Some((process, conversation)) => Some(Worker {
                 conversation: Conversation::over(conversation.take()?.into(), "worker"),
                 process: Running::from_number(process),
+                // Another one takes its place at once.
+                watch: None,
             }),
             None => None,
         };
@@ -101,6 +103,7 @@ impl Service {
             worker,
             elsewhere: state.elsewhere,
             watch: Watch::over(vitals, offer.queues).map_err(system("map the signs of life"))?,
+            dying: Vec::new(),
             deaths: Deaths::none(),
             latch_told: state.latch_told,
             space: Space::unknown(),

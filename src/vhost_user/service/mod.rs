@@ -2,8 +2,8 @@
 //! next boot; and who may say so ([`super::control`]).
 //!
 //! A worker is replaced by another whenever what it serves changes, and when it has died or is stuck; the front end's session goes on, and
-//! tells the new one what it told the last. No two workers live with the same delta: the last one's process is waited for first. Knows no
-//! messages of vhost-user.
+//! tells the new one what it told the last. No two workers write to the same delta: the last one does nothing more by then, whether
+//! or not its process is gone. Knows no messages of vhost-user.
 
 mod deaths;
 mod handing_over;
@@ -12,6 +12,7 @@ mod worker_process;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crate::block::delta::{grow, open};
@@ -31,7 +32,7 @@ use crate::vhost_user::vitals::{self, Watch};
 use deaths::Deaths;
 use space::Space;
 pub use worker_process::WorkerError;
-use worker_process::{Unclosed, Worker};
+use worker_process::{Leaving, Unclosed, Worker};
 
 /// How long to wait for another backend to leave a delta whose guest is here by now.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
@@ -64,6 +65,8 @@ pub struct Service {
     /// The guest is with another backend, and so is the delta's lock.
     elsewhere: bool,
     watch: Watch,
+    /// Those that have died and are still to be waited for.
+    dying: Vec<Leaving>,
     deaths: Deaths,
     latch_told: bool,
     space: Space,
@@ -131,6 +134,7 @@ impl Service {
             elsewhere: worker.is_none(),
             worker,
             watch,
+            dying: Vec::new(),
             deaths: Deaths::none(),
             latch_told: false,
             space: Space::unknown(),
@@ -185,8 +189,10 @@ impl Service {
     pub fn wait(&mut self, other: Option<BorrowedFd<'_>>, timeout_ms: i32) -> Result<Woken, WorkerError> {
         let [listener, controller] = self.management.controllers.descriptors();
         let worker = self.worker.as_ref().map(|worker| worker.conversation.as_fd());
+        let still = self.worker.as_ref().and_then(|worker| worker.watch.as_ref()).map(AsFd::as_fd);
         let [_, wake] = self.watch.files();
-        let watched = [Some(self.management.signals.as_fd()), worker, Some(wake.as_fd()), listener, controller, other];
+        let signals = Some(self.management.signals.as_fd());
+        let watched = [signals, worker, still, Some(wake.as_fd()), listener, controller, other];
         let watch_ms = self.watch.timeout_ms();
         let timeout_ms = if timeout_ms < 0 {
             watch_ms
@@ -195,7 +201,7 @@ impl Service {
         } else {
             timeout_ms.min(watch_ms)
         };
-        let [stop, worker_gone, wake, connects, says, other] =
+        let [stop, worker_gone, worker_still, wake, connects, says, other] =
             socket::wait_readable(watched, timeout_ms).map_err(WorkerError::Wait)?;
         if wake {
             self.watch.woken();
@@ -216,7 +222,12 @@ impl Service {
         if says && let Some((command, descriptors)) = self.management.controllers.receive() {
             rest = self.obey(command, descriptors);
         }
-        Ok(Woken { stop: self.management.stops, worker_gone: worker_gone || self.is_missing(), other, rest })
+        Ok(Woken {
+            stop: self.management.stops,
+            worker_gone: worker_gone || worker_still || self.is_missing(),
+            other,
+            rest,
+        })
     }
 
     /// Whether there should be a worker and is none.
@@ -456,51 +467,72 @@ impl Service {
         }
     }
 
-    /// Has a worker take the place of the one that serves, who has completed what it took. It has to be told how the guest's side stands.
-    pub fn succeed(&mut self, successor: Successor) -> Result<(), WorkerError> {
+    /// Has a worker take the place of the one that serves, whose rings have stopped. It has to be told how the guest's side stands; the last one is
+    /// to be waited for afterwards.
+    pub fn succeed(&mut self, successor: Successor) -> Result<Option<Leaving>, WorkerError> {
         if self.elsewhere {
             // There is nothing to serve yet.
-            return successor.0.end().map(drop);
+            return successor.0.end().map(|_| None);
         }
-        if let Some(last) = self.worker.take() {
-            // Nothing is made durable that was not: its successor has the same page cache.
-            last.end()?;
-        }
+        // Nothing is made durable that was not: its successor has the same page cache.
+        let last = self.worker.take().map(Worker::leave);
         match successor.0.open(&self.part, &self.offer, &self.counters, &mut self.watch) {
             Ok((worker, opened)) => {
                 self.deaths.taken_over = Instant::now();
                 self.watch.taken_over();
                 self.worker = Some(worker);
                 self.replace_device(&opened);
-                Ok(())
             }
             Err(error) => {
                 log::error!("the next worker cannot serve: {}", chain_of(&error));
                 self.deaths.note(false);
-                self.replace()
+                self.replace()?;
             }
         }
+        Ok(last)
     }
 
-    /// Waits for the end of a worker that is dead or as good as dead.
-    fn bury(&mut self) -> Result<(), WorkerError> {
+    /// Takes leave of a worker that is dead or as good as dead: it does nothing more when this returns.
+    fn give_up(&mut self) -> Result<(), WorkerError> {
         let Some(worker) = self.worker.take() else { return Ok(()) };
-        let status = worker.bury()?;
-        self.tell_latch();
-        self.deaths.note(self.watch.has_got_further());
-        log::error!("the worker has died ({status}){}", sandbox::remark_on(status));
-        self.tell(Event::WorkerDied { status: status.to_string() });
+        if worker.is_still() {
+            self.dying.push(worker.leave());
+            self.note_death();
+        } else {
+            let status = worker.bury()?;
+            self.note_death();
+            self.tell_death(status);
+        }
         Ok(())
     }
 
-    /// Sees that there is a worker in place of one that has died, who has to be told how the guest's side stands.
+    fn note_death(&mut self) {
+        self.tell_latch();
+        self.deaths.note(self.watch.has_got_further());
+    }
+
+    fn tell_death(&mut self, status: ExitStatus) {
+        log::error!("the worker has died ({status}){}", sandbox::remark_on(status));
+        self.tell(Event::WorkerDied { status: status.to_string() });
+    }
+
+    /// Waits for those that have died, and tells how.
+    pub fn bury(&mut self) -> Result<(), WorkerError> {
+        for status in std::mem::take(&mut self.dying).into_iter().filter_map(Leaving::wait) {
+            self.tell_death(status?);
+        }
+        Ok(())
+    }
+
+    /// Sees that there is a worker in place of one that has died, who has to be told how the guest's side stands. Then what has died is to be
+    /// [buried](Service::bury), for which the guest need not wait.
     ///
     /// Does not return before there is one: while too many die, it waits, and looks after controllers.
     ///
     /// # Errors
     /// When asked to stop meanwhile.
     pub fn replace_dead(&mut self) -> Result<(), WorkerError> {
-        self.bury()?;
+        self.give_up()?;
         self.replace()
     }
 
@@ -508,6 +540,7 @@ impl Service {
         self.claim()?;
         while self.worker.is_none() {
             if self.deaths.are_too_many() {
+                self.bury()?;
                 self.hold()?;
                 self.deaths = Deaths::none();
             }

@@ -69,6 +69,8 @@ impl WorkerError {
 pub(super) struct Worker {
     pub(super) conversation: Conversation,
     pub(super) process: Running,
+    /// Came with its first answer: readable when it does nothing more, long before its process is gone. Without one, the end of the conversation tells.
+    pub(super) watch: Option<OwnedFd>,
 }
 
 /// How long a worker may take over an order when none of its queues is stuck. What an order waits for is what the queues do.
@@ -90,7 +92,7 @@ impl Worker {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
         let process =
             process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        Ok(Worker { conversation, process })
+        Ok(Worker { conversation, process, watch: None })
     }
 
     /// Has it open a volume.
@@ -142,7 +144,10 @@ impl Worker {
     ) -> Result<Answer, WorkerError> {
         self.conversation.send(order, descriptors)?;
         self.wait_for_answer(watch)?;
-        let (answer, descriptors) = self.conversation.receive()?;
+        let (answer, mut descriptors) = self.conversation.receive()?;
+        if self.watch.is_none() {
+            self.watch = descriptors.take_if(!descriptors.is_empty())?;
+        }
         descriptors.finish()?;
         match answer {
             Answer::Failed(reason) => Err(WorkerError::Refused { reason }),
@@ -156,9 +161,14 @@ impl Worker {
         let ends = Instant::now() + ANSWER_PATIENCE;
         let mut killed = false;
         loop {
-            let found = socket::wait_readable([Some(self.conversation.as_fd())], if killed { -1 } else { SLICE_MS });
-            if found.map_err(WorkerError::Wait)?[0] {
+            let watched = [Some(self.conversation.as_fd()), self.watch.as_ref().map(AsFd::as_fd)];
+            let found = socket::wait_readable(watched, if killed { -1 } else { SLICE_MS });
+            let [answered, died] = found.map_err(WorkerError::Wait)?;
+            if answered {
                 return Ok(());
+            }
+            if died {
+                return Err(ConversationError::Gone("worker").into());
             }
             let stuck = watch.look().map(|ring| format!("ring {ring} is stuck in a batch"));
             let silent = (Instant::now() > ends && !watch.is_busy()).then(|| "it does not answer".to_owned());
@@ -176,9 +186,21 @@ impl Worker {
         self.process.wait().map_err(WorkerError::Wait)
     }
 
+    /// Ends one that does nothing more, and does not wait for it: nothing is left of it but memory to be unmapped.
+    pub(super) fn leave(self) -> Leaving {
+        self.process.kill();
+        Leaving(Some(self.process))
+    }
+
+    /// Whether it does nothing more, if that can be told before its process is gone.
+    pub(super) fn is_still(&self) -> bool {
+        let found = self.watch.as_ref().map(|watch| socket::wait_readable([Some(watch.as_fd())], 0));
+        matches!(found, Some(Ok([true])))
+    }
+
     /// As [`Worker::end`], of one that has ended its side of the conversation, and so is about to end.
     pub(super) fn bury(self) -> Result<ExitStatus, WorkerError> {
-        let Worker { conversation, process } = self;
+        let Worker { conversation, process, .. } = self;
         drop(conversation);
         process.end_soon().map_err(WorkerError::Wait)
     }
@@ -198,6 +220,25 @@ impl Worker {
             log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
         }
         answer.map(drop).map_err(|error| Unclosed::boxed(error, None))
+    }
+}
+
+/// A worker that has been ended; waited for when this is dropped. The kernel takes long to unmap the memory of a large guest, and that guest need not
+/// wait meanwhile.
+pub struct Leaving(Option<Running>);
+
+impl Leaving {
+    /// How it went.
+    pub(super) fn wait(mut self) -> Option<Result<ExitStatus, WorkerError>> {
+        self.0.take().map(|process| process.wait().map_err(WorkerError::Wait))
+    }
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.0.take().map(Running::wait) {
+            log::warn!("cannot wait for the last worker: {error}");
+        }
     }
 }
 

@@ -237,7 +237,8 @@ impl<'k> Session<'k> {
         let successor = self.service().prepare_successor()?;
         let rings = self.running().into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
         self.ask(SessionOrder { rings, ..self.order() }, &[])?;
-        self.service().succeed(successor)?;
+        // Waited for when the guest has gone on.
+        let _last = self.service().succeed(successor)?;
         match self.tell_all() {
             Err(error) if error.is_death() => self.revive(),
             other => other,
@@ -295,13 +296,15 @@ impl<'k> Session<'k> {
     /// # Errors
     /// When asked to stop, or when it cannot go on with what the front end has given.
     pub fn revive(&self) -> std::result::Result<(), WorkerError> {
-        loop {
-            self.service().replace_dead()?;
-            match self.tell_all() {
+        let revived = loop {
+            let replaced = self.service().replace_dead();
+            match replaced.and_then(|()| self.tell_all()) {
                 Err(error) if error.is_death() => {}
-                other => return other,
+                other => break other,
             }
-        }
+        };
+        self.service().bury()?;
+        revived
     }
 
     /// Tells a worker that knows nothing how the guest's side stands.

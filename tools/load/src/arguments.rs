@@ -24,11 +24,16 @@ pub enum Task {
     Suite(SuiteOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
+    /// Measure what a guest notices: of killed workers, upgrades, accounts of what is in flight, and a hostile neighbour.
+    Survive(SurviveOptions),
     /// Verify work on volumes of all kinds while everything that can happen to them does.
     Soak(SoakOptions),
     /// Serve a raw file as a backend on the vhost-user-backend crate, to compare with.
     #[command(hide = true)]
     ReferenceBackend(ReferenceOptions),
+    /// Be a guest and a front end that mean harm, until told to end.
+    #[command(hide = true)]
+    Noise(NoiseOptions),
 }
 
 /// How to drive a device.
@@ -191,6 +196,57 @@ pub struct HostOptions {
     /// Seconds that the daemon is watched at rest.
     #[arg(long, default_value_t = 10.0)]
     pub idle_seconds: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct SurviveOptions {
+    /// Directory for this run's files, removed at its end. It should not be in memory.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    /// The program whose daemon and backends are measured; `pando-blk` lies beside it.
+    #[arg(long, default_value = "pando")]
+    pub pando: PathBuf,
+    /// Only these parts; may be repeated.
+    #[arg(long, value_enum)]
+    pub only: Vec<Part>,
+    /// Workers that are killed under each client.
+    #[arg(long, default_value_t = 100)]
+    pub kills: usize,
+    /// Upgrades under each client.
+    #[arg(long, default_value_t = 100)]
+    pub upgrades: usize,
+    /// Times that work is measured with and without an account of what is in flight.
+    #[arg(long, default_value_t = 9)]
+    pub rounds: usize,
+    /// Time for each of these measurements.
+    #[arg(long, default_value_t = 1.0)]
+    pub seconds: f64,
+    /// For how long a hostile neighbour makes noise.
+    #[arg(long, default_value_t = 1.0)]
+    pub minutes: f64,
+    /// Write everything that was measured to this file.
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+/// A part of what is measured there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// What a guest notices of killed workers and of upgrades.
+    Pauses,
+    /// What the account of requests in flight costs.
+    Account,
+    /// What a guest notices of a hostile one.
+    Neighbour,
+}
+
+#[derive(Debug, Args)]
+pub struct NoiseOptions {
+    /// Socket on which the backend listens.
+    #[arg(long)]
+    pub socket_path: PathBuf,
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
 }
 
 #[derive(Debug, Args)]

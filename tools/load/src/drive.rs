@@ -62,6 +62,8 @@ pub struct Tally {
     pub bytes: u64,
     pub elapsed: Duration,
     pub latency: Histogram,
+    /// The longest of these, to the nanosecond.
+    pub longest: Duration,
 }
 
 impl Tally {
@@ -71,6 +73,7 @@ impl Tally {
         self.bytes += other.bytes;
         self.elapsed = self.elapsed.max(other.elapsed);
         self.latency.add(&other.latency);
+        self.longest = self.longest.max(other.longest);
     }
 }
 
@@ -215,8 +218,9 @@ impl<Q: AsRef<[Queue]> + AsMut<[Queue]>, C: Client> Drive<Q, C> {
         self.tally.bytes += u64::from(request.bytes);
         if request.part != Part::First {
             self.tally.requests += 1;
-            let nanoseconds = now.duration_since(flight.since).as_nanos();
-            self.tally.latency.record(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+            let latency = now.duration_since(flight.since);
+            self.tally.latency.record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+            self.tally.longest = self.tally.longest.max(latency);
         }
         Ok(())
     }
@@ -278,6 +282,11 @@ impl<C: Client> Drive<Vec<Queue>, C> {
         self.flights = no_flights(&queues);
         self.in_flight = 0;
         self.queues = queues;
+    }
+
+    /// The queues, on which nothing is in flight.
+    pub fn into_queues(self) -> Vec<Queue> {
+        self.queues
     }
 
     pub fn queue_mut(&mut self, queue: usize) -> &mut Queue {

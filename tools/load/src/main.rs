@@ -3,7 +3,7 @@
 //! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
 //! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
 //! asked for. `suite` compares backends, `process` weighs them; `host` measures the daemon of a host by its API,
-//! and `soak` sees what it and its backends survive. It knows the inside of none.
+//! `survive` what a guest notices of all that goes wrong, and `soak` sees what daemon and backends survive. It knows the inside of none.
 
 mod arguments;
 mod connection;
@@ -20,6 +20,7 @@ mod ring;
 mod run;
 mod soak;
 mod suite;
+mod survive;
 mod sys;
 mod verify;
 mod workload;
@@ -36,7 +37,9 @@ fn main() -> ExitCode {
         Task::Verify(options) => run::verify(&options),
         Task::Suite(options) => suite::run(&options),
         Task::Host(options) => host::run(&options),
+        Task::Survive(options) => survive::run(&options),
         Task::Soak(options) => soak::run(&options),
+        Task::Noise(options) => survive::noise::run(&options),
         Task::ReferenceBackend(options) => {
             reference::serve(&options.file, &options.socket_path, options.queues, !options.read_only)
         }

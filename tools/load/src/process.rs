@@ -134,6 +134,11 @@ pub fn tree(root: u32) -> Vec<u32> {
     pids
 }
 
+/// The child that was started last: others may have died and still be there.
+pub fn youngest_child(pid: u32) -> Option<u32> {
+    children(pid).last().copied()
+}
+
 /// CPU time used so far by these processes.
 pub fn cpu_ns(pids: &[u32]) -> Result<u64> {
     let clocks = pids.iter().map(|pid| sys::process_cpu_ns(*pid));

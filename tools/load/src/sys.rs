@@ -388,6 +388,33 @@ pub fn is_interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
+/// The processors that this thread may run on.
+pub fn processors() -> io::Result<Vec<usize>> {
+    // SAFETY: all-zero bytes are an empty set, and the call fills it.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        set
+    };
+    // SAFETY: no number reaches behind the set.
+    Ok((0..libc::CPU_SETSIZE as usize).filter(|number| unsafe { libc::CPU_ISSET(*number, &set) }).collect())
+}
+
+/// Has this thread, and the processes that it starts from now on, run on these processors alone.
+pub fn run_on(processors: &[usize]) -> io::Result<()> {
+    // SAFETY: all-zero bytes are an empty set; what does not fit into one is left out.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        for number in processors.iter().filter(|number| **number < libc::CPU_SETSIZE as usize) {
+            libc::CPU_SET(*number, &mut set);
+        }
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Drops a file's clean pages from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     // SAFETY: no memory is passed; the descriptor is open.
@@ -435,6 +462,20 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(handle.send(libc::SIGKILL).unwrap_err().raw_os_error(), Some(libc::ESRCH));
         assert!(ProcessHandle::open(child.id()).is_err());
+    }
+
+    #[test]
+    fn a_thread_keeps_to_its_processors() {
+        std::thread::spawn(|| {
+            let all = processors().unwrap();
+            run_on(&all[..1]).unwrap();
+            assert_eq!(processors().unwrap(), all[..1]);
+            run_on(&all).unwrap();
+            assert_eq!(processors().unwrap(), all);
+            assert!(run_on(&[]).is_err());
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

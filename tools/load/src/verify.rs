@@ -85,6 +85,8 @@ pub struct Verifier {
     block_bytes: u32,
     discards: Discards,
     area: Area,
+    /// Whether it asks for whole blocks alone, half of them reads and half writes.
+    plain: bool,
     generations: Vec<u32>,
     generation_last: u32,
     /// What is in flight, and the generation of what it writes.
@@ -107,6 +109,7 @@ impl Verifier {
             block_bytes,
             discards: Discards::Anything,
             area: Area::default(),
+            plain: false,
             generations: vec![content::BASE; (range_bytes / SECTOR_BYTES) as usize],
             generation_last: FIRST_WRITTEN,
             in_flight: Vec::new(),
@@ -123,6 +126,11 @@ impl Verifier {
     /// Expects more of discards than the standard does, and keeps requests to an area.
     pub fn with(self, discards: Discards, area: Area) -> Self {
         Self { discards, area, ..self }
+    }
+
+    /// Asks for reads and writes of whole blocks alone.
+    pub fn plain(self) -> Self {
+        Self { plain: true, ..self }
     }
 
     /// Makes this many random requests next.
@@ -201,6 +209,9 @@ impl Verifier {
 
     /// A random request that overlaps none in flight.
     fn random_request(&mut self) -> Option<Request> {
+        if self.plain {
+            return self.random_block();
+        }
         let operation = match self.random.u8(..100) {
             0..3 if self.config.flush => {
                 return Some(Request { operation: Operation::Flush, offset: 0, bytes: 0, part: Part::Whole });
@@ -225,6 +236,20 @@ impl Verifier {
                 bytes: (sectors * SECTOR_BYTES) as u32,
                 part: Part::Whole,
             };
+            if !self.in_flight.iter().any(|(other, _)| overlap(other, &request)) {
+                return Some(request);
+            }
+        }
+        None
+    }
+
+    /// A random read or write of one block that overlaps none in flight.
+    fn random_block(&mut self) -> Option<Request> {
+        let operation = if self.random.bool() { Operation::Write } else { Operation::Read };
+        for _ in 0..TRIES {
+            let block = self.random.u64(..self.bytes() / u64::from(self.block_bytes));
+            let offset = block * u64::from(self.block_bytes);
+            let request = Request { operation, offset, bytes: self.block_bytes, part: Part::Whole };
             if !self.in_flight.iter().any(|(other, _)| overlap(other, &request)) {
                 return Some(request);
             }

@@ -95,6 +95,20 @@ macro_rules! words {
     ($($word:expr),* $(,)?) => { vec![$(OsString::from($word)),*] };
 }
 
+/// The first of them with and without an account of what is in flight.
+pub const ACCOUNTS: [Contestant; 2] = [
+    Contestant { name: "with account", ..CONTESTANTS[0] },
+    Contestant {
+        name: "without",
+        command: |programs, volume| {
+            let mut command = pando_command(programs, volume);
+            command.extend(words!["--no-inflight"]);
+            command
+        },
+        ..CONTESTANTS[0]
+    },
+];
+
 fn pando_prepare(programs: &Programs, volume: &Volume) -> Result<()> {
     // Creating is part of starting; so start it once and stop it as soon as it listens.
     let mut command = pando_command(programs, volume);

@@ -4,13 +4,13 @@
 //! machine does strikes all of them alike. Every measurement has a fresh backend process and a fresh
 //! private file. Owns the order of events; the tables of who and what are `contestants` and `rows`.
 
-mod contestants;
+pub mod contestants;
 mod limit;
 pub mod machine;
 mod markdown;
 pub mod record;
-mod rows;
-mod site;
+pub mod rows;
+pub mod site;
 mod standing;
 pub mod text;
 
@@ -26,7 +26,7 @@ use crate::device::{Greeting, Setup};
 use crate::drive::{self, Wait};
 use crate::process::Backend;
 use crate::run::{self, Driver};
-use crate::suite::contestants::{CONTESTANTS, Contestant};
+use crate::suite::contestants::{CONTESTANTS, Contestant, Programs};
 use crate::suite::limit::{Bench, Reading};
 use crate::suite::record::{Identity, Record, RowRecord, Sample, Settings};
 use crate::suite::rows::{BASE_BYTES, ROWS, Row};
@@ -42,7 +42,13 @@ const CHECK_REQUESTS: u64 = 10_000;
 const CHECK_DEPTH: usize = 32;
 
 pub fn run(options: &SuiteOptions) -> Result<()> {
-    let site = Site::new(options)?;
+    let programs = Programs {
+        pando_blk: options.pando_blk.clone(),
+        qemu_storage_daemon: options.qemu_storage_daemon.clone(),
+        qemu_img: options.qemu_img.clone(),
+        load: std::env::current_exe()?,
+    };
+    let site = Site::new(&options.work_dir, programs)?;
     let mut contestants = Vec::new();
     let mut identities = Vec::new();
     for contestant in CONTESTANTS.iter().filter(|it| wanted(&options.contestants, it.name)) {
@@ -57,7 +63,14 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
     }
     ensure!(!contestants.is_empty(), "no contestant is there");
     let rows: Vec<_> = ROWS.iter().filter(|row| wanted(&options.only, row.name)).collect();
-    let suite = Suite { site: &site, options, contestants: &contestants };
+    let manner = Manner {
+        rounds: options.rounds(),
+        time: Duration::from_secs_f64(options.seconds()),
+        wait: options.wait,
+        buffer_bytes: usize::try_from(options.buffers)?,
+        with_limit: true,
+    };
+    let suite = Suite { site: &site, manner, contestants: &contestants };
 
     for contestant in &contestants {
         progress(&format!("checking {}", contestant.name));
@@ -69,7 +82,7 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
             rounds: options.rounds(),
             seconds: options.seconds(),
             wait: format!("{:?}", options.wait).to_lowercase(),
-            buffer_bytes: usize::try_from(options.buffers)?,
+            buffer_bytes: manner.buffer_bytes,
         },
         contestants: identities,
         rows: suite.measure(&rows)?,
@@ -88,25 +101,36 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
     Ok(())
 }
 
+/// How everything is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Manner {
+    pub rounds: usize,
+    /// For each measurement.
+    pub time: Duration,
+    /// How the driver learns of completions, where the line does not say it.
+    pub wait: Wait,
+    /// Memory over which each queue's buffers are spread.
+    pub buffer_bytes: usize,
+    /// Whether the machine's own limit takes its turn too.
+    pub with_limit: bool,
+}
+
 /// What all measurements share.
-struct Suite<'a> {
-    site: &'a Site,
-    options: &'a SuiteOptions,
-    contestants: &'a [&'a Contestant],
+pub struct Suite<'a> {
+    pub site: &'a Site,
+    pub manner: Manner,
+    pub contestants: &'a [&'a Contestant],
 }
 
 impl Suite<'_> {
-    fn driver(&self, round: usize) -> Result<Driver> {
-        Ok(Driver {
-            wait: self.options.wait,
-            threads: 1,
-            buffer_bytes: usize::try_from(self.options.buffers)?,
-            // Another order in every round, the same for all contestants.
-            seed: round as u64 + 1,
-        })
+    fn driver(&self, round: usize) -> Driver {
+        let Manner { wait, buffer_bytes, .. } = self.manner;
+        // Another order in every round, the same for all contestants.
+        Driver { wait, threads: 1, buffer_bytes, seed: round as u64 + 1 }
     }
 
-    fn measure(&self, rows: &[&Row]) -> Result<Vec<RowRecord>> {
+    /// Every contestant on these lines, in turn.
+    pub fn measure(&self, rows: &[&Row]) -> Result<Vec<RowRecord>> {
         let mut records: Vec<_> = rows
             .iter()
             .map(|row| RowRecord {
@@ -116,13 +140,15 @@ impl Suite<'_> {
                 samples: self.contestants.iter().map(|_| Vec::new()).collect(),
             })
             .collect();
-        let rounds = self.options.rounds();
+        let rounds = self.manner.rounds;
         for round in 0..rounds {
             for (row, record) in rows.iter().zip(&mut records) {
                 let label = format!("round {} of {rounds}: {}", round + 1, row.name);
                 progress(&label);
-                record.limit.push(self.limit(row, round, Reading::Copy)?);
-                if row.measured.mix == Mix::Read {
+                if self.manner.with_limit {
+                    record.limit.push(self.limit(row, round, Reading::Copy)?);
+                }
+                if self.manner.with_limit && row.measured.mix == Mix::Read {
                     record.bare_pread.push(self.limit(row, round, Reading::Pread)?);
                 }
                 for place in 0..self.contestants.len() {
@@ -142,7 +168,7 @@ impl Suite<'_> {
     }
 
     fn limit(&self, row: &Row, round: usize, reading: Reading) -> Result<Sample> {
-        let driver = self.driver(round)?;
+        let driver = self.driver(round);
         let bench = Bench {
             base: &self.site.base,
             base_mapped: &self.site.base_mapped,
@@ -151,7 +177,7 @@ impl Suite<'_> {
             buffer_bytes: driver.buffer_bytes,
             seed: driver.seed,
         };
-        bench.measure(row, self.time())
+        bench.measure(row, self.manner.time)
     }
 
     fn sample(&self, contestant: &Contestant, row: &Row, round: usize) -> Result<Sample> {
@@ -167,7 +193,7 @@ impl Suite<'_> {
     }
 
     fn drive(&self, backend: &mut Backend, row: &Row, round: usize) -> Result<Sample> {
-        let mut driver = self.driver(round)?;
+        let mut driver = self.driver(round);
         driver.wait = row.wait.unwrap_or(driver.wait);
         let areas = row.before.iter().chain([&row.measured]).map(|workload| {
             let block_bytes = workload.block_bytes;
@@ -186,7 +212,7 @@ impl Suite<'_> {
             run::measure(&mut device, workload, &driver, None).context("preparing")?;
         }
         let cpu_before = backend.cpu_ns()?;
-        let tally = run::measure(&mut device, &row.measured, &driver, Some(self.time()))?;
+        let tally = run::measure(&mut device, &row.measured, &driver, Some(self.manner.time))?;
         let mut sample = Sample::new(&tally, backend.cpu_ns()? - cpu_before);
         sample.weight = Some(backend.weight()?);
         device.stop()?;
@@ -221,10 +247,6 @@ impl Suite<'_> {
         device.stop()?;
         backend.stop()?;
         self.site.clean(&volume)
-    }
-
-    fn time(&self) -> Duration {
-        Duration::from_secs_f64(self.options.seconds())
     }
 }
 

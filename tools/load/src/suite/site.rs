@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::arguments::SuiteOptions;
 use crate::content;
 use crate::suite::contestants::{Programs, Volume};
 use crate::suite::rows::BASE_BYTES;
@@ -26,16 +25,9 @@ pub struct Site {
 
 impl Site {
     /// Makes the directory and the bases, in the page cache.
-    pub fn new(options: &SuiteOptions) -> Result<Self> {
-        let directory = options.work_dir.clone();
-        fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    pub fn new(directory: &Path, programs: Programs) -> Result<Self> {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
         let directory = fs::canonicalize(directory)?;
-        let programs = Programs {
-            pando_blk: options.pando_blk.clone(),
-            qemu_storage_daemon: options.qemu_storage_daemon.clone(),
-            qemu_img: options.qemu_img.clone(),
-            load: std::env::current_exe()?,
-        };
         let base = make_base(&directory.join("base"), BASE_BYTES)?;
         File::create(directory.join("large-base"))?.set_len(LARGE_BASE_BYTES)?;
         // In the page cache as on a host that has read it, in whatever pieces its readahead makes, and not
@@ -63,6 +55,10 @@ impl Site {
             socket: self.directory.join(format!("socket-{index}")),
             queues,
         }
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     pub fn log(&self) -> PathBuf {

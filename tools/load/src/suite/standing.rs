@@ -33,7 +33,7 @@ pub fn measure(suite: &Suite) -> Result<Vec<StandingRecord>> {
         .iter()
         .map(|contestant| StandingRecord { name: contestant.name, samples: Vec::new() })
         .collect();
-    for round in 0..suite.options.rounds() {
+    for round in 0..suite.manner.rounds {
         for (contestant, record) in suite.contestants.iter().zip(&mut records) {
             progress(&format!("round {}: {NAME}: {}", round + 1, contestant.name));
             let samples = sample(suite, contestant).with_context(|| contestant.name)?;
@@ -72,7 +72,7 @@ fn sample(suite: &Suite, contestant: &Contestant) -> Result<Vec<StandingSample>>
     }
     thread::sleep(SETTLE);
     let before: Vec<_> = attached.iter().map(|it| rest(&it.0)).collect::<Result<_>>()?;
-    let idle = suite.time().max(Duration::from_secs(1));
+    let idle = suite.manner.time.max(Duration::from_secs(1));
     thread::sleep(idle);
     let after: Vec<_> = attached.iter().map(|it| rest(&it.0)).collect::<Result<_>>()?;
 
