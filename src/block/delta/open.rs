@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::block::error::is_full;
 use crate::block::storage::{FileStorage, Storage};
 use crate::digest::Digest;
 use crate::sys::buffers::Writable;
@@ -79,6 +80,17 @@ pub enum OpenError {
     /// Somebody else has it open.
     #[error("{file} is in use by {holder}: a delta has one writer")]
     Locked { file: String, holder: Holder },
+}
+
+impl OpenError {
+    /// Whether the file system has no room: the same may work later.
+    pub fn is_full(&self) -> bool {
+        match self {
+            OpenError::Io { source, .. } => is_full(source),
+            OpenError::Volume(error) => error.is_full(),
+            _ => false,
+        }
+    }
 }
 
 /// Where in a file something went wrong; nothing for the file as a whole.
