@@ -38,7 +38,7 @@ fn serial_of(volume: &str, role: &Option<Role>) -> String {
 }
 
 /// What a backend calls what it serves: the image, and the delta over it.
-fn tag_of(image: Option<Digest>, delta: Option<&DeltaRow>) -> String {
+pub fn tag_of(image: Option<Digest>, delta: Option<&DeltaRow>) -> String {
     let image = image.map_or("none".to_owned(), |image| image.to_string());
     format!("{image}.{}", delta.map_or(0, |delta| delta.id))
 }

@@ -318,6 +318,19 @@ pub fn read_session(storage: &impl Storage, label: &str) -> Result<Session, Open
     Session::decode(&sector).map_err(|fault| OpenError::Header { file: label.to_owned(), fault })
 }
 
+/// Whether the delta at `path` has ever been served.
+pub fn was_used(path: &Path) -> Result<bool, OpenError> {
+    let label = path.display().to_string();
+    let (file, _) = open_to_look(path)?;
+    let storage = FileStorage::new(file).map_err(|source| OpenError::Io {
+        action: "examine",
+        file: label.clone(),
+        offset: 0,
+        source,
+    })?;
+    Ok(read_session(&storage, &label)? != Session::NONE)
+}
+
 /// Sees that no part of a delta with this header was cut off.
 pub fn check_length(file: &File, header: &Header, label: &str) -> Result<(), OpenError> {
     let io = |source| OpenError::Io { action: "examine", file: label.to_owned(), offset: 0, source };
