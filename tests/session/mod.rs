@@ -27,6 +27,7 @@ mod hostile;
 mod lifecycle;
 mod messages;
 mod migration;
+mod neighbours;
 mod reference;
 mod requests;
 pub mod sandbox;
