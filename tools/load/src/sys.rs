@@ -398,7 +398,11 @@ pub fn keep_mounts_private() -> io::Result<()> {
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
     // SAFETY: takes a number, and parts this process from others' views alone.
     let unshare = |what| check(unsafe { libc::unshare(what) });
-    if unshare(libc::CLONE_NEWNS).is_err() {
+    // A root without the right would have less of it in a namespace that it may not give its users to.
+    if let Err(error) = unshare(libc::CLONE_NEWNS) {
+        if user == 0 {
+            return Err(error);
+        }
         unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
         std::fs::write("/proc/self/setgroups", "deny")?;
         std::fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
