@@ -38,7 +38,7 @@ fn serial_of(volume: &str, role: &Option<Role>) -> String {
 }
 
 /// What a backend calls what it serves: the image, and the delta over it.
-fn tag_of(image: Option<Digest>, delta: Option<&DeltaRow>) -> String {
+pub fn tag_of(image: Option<Digest>, delta: Option<&DeltaRow>) -> String {
     let image = image.map_or("none".to_owned(), |image| image.to_string());
     format!("{image}.{}", delta.map_or(0, |delta| delta.id))
 }
@@ -419,8 +419,11 @@ impl Host {
             true => Some(self.catalog.change(|facts| facts.insert_delta(&volume.name, Some(image)))?),
             false => None,
         };
-        if let Some(delta) = &delta {
-            self.make_delta(volume, delta)?;
+        if let Some(delta) = &delta
+            && let Err(error) = self.make_delta(volume, delta)
+        {
+            self.catalog.change(|facts| facts.set_delta_state(delta.id, DeltaState::Doomed))?;
+            return Err(error);
         }
         let part = self.part(Some(image), delta.as_ref(), &row.serial)?;
         // Noted first: a backend that switches at once is understood then.

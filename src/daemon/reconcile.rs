@@ -10,8 +10,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::block::delta::open;
+
 use super::Host;
-use super::attachments::object_of;
+use super::attachments::{object_of, tag_of};
 use super::backends::Adopted;
 use super::catalog::{AttachmentRow, AttachmentState, DeltaState, VolumeRow};
 use super::error::{Error, chain};
@@ -68,7 +70,7 @@ impl Host {
                     Ok(())
                 }
                 None if row.state == AttachmentState::Failed => Ok(()),
-                None => self.restart(&volume, row, "it was not there when the daemon came back"),
+                None => self.restart(&volume, row, "it was not there when the daemon came back", false),
             }
         })
     }
@@ -85,6 +87,7 @@ impl Host {
             if row.state != AttachmentState::Running || self.backends.is_connected(id) {
                 return Ok(());
             }
+            let was_heard = self.backends.was_heard(id);
             self.backends.forget(id);
             let name = format!("{}/{}", row.vm, row.volume);
             if let Some(adopted) = self.backends.adopt(id, &name, &self.places.control_socket(id), row.image)? {
@@ -97,18 +100,22 @@ impl Host {
                     "its backend died more than {DEATHS_MAX} times in {} s: detach it, see to the cause, attach it again",
                     DEATHS_WINDOW.as_secs()
                 );
-                self.catalog.change(|facts| facts.set_attachment_state(id, AttachmentState::Failed, Some(&reason)))?;
-                self.event("backend.failed", &object_of(&row), &reason);
-                return Ok(());
+                return self.give_up(&row, &reason);
             }
-            self.restart(&volume, &row, "it died")
+            self.restart(&volume, &row, "it died", was_heard)
         })?;
         self.converge(&row.volume);
         Ok(())
     }
 
-    /// Starts a backend again under a guest that may be running. The caller has the volume alone.
-    fn restart(&self, volume: &VolumeRow, row: &AttachmentRow, why: &str) -> Result<(), Error> {
+    /// Starts a backend again under a guest that may be running. The caller has the volume alone. `was_heard`: this daemon has listened to
+    /// the one that died until then.
+    fn restart(&self, volume: &VolumeRow, row: &AttachmentRow, why: &str, was_heard: bool) -> Result<(), Error> {
+        if !was_heard && !self.find_out_boot(volume, row)? {
+            let reason = "its backend died while no daemon was there, with another image staged: whether the guest has booted into that cannot \
+                          be told; detach it, attach it again, and boot";
+            return self.give_up(row, reason);
+        }
         self.catalog.change(|facts| {
             facts.count_restart(row.id)?;
             // What was staged went with it; it is staged again.
@@ -122,14 +129,33 @@ impl Host {
                 self.event("backend.restarted", &object_of(row), why);
                 self.remove_doomed(&row.volume)
             }
-            Err(error) => {
-                let reason = chain(&error);
-                self.catalog
-                    .change(|facts| facts.set_attachment_state(row.id, AttachmentState::Failed, Some(&reason)))?;
-                self.event("backend.failed", &object_of(row), &reason);
-                Ok(())
-            }
+            Err(error) => self.give_up(row, &chain(&error)),
         }
+    }
+
+    /// Starts no backend any more until a volume is attached anew.
+    fn give_up(&self, row: &AttachmentRow, reason: &str) -> Result<(), Error> {
+        self.catalog.change(|facts| facts.set_attachment_state(row.id, AttachmentState::Failed, Some(reason)))?;
+        self.event("backend.failed", &object_of(row), reason);
+        Ok(())
+    }
+
+    /// Notes whether a guest has booted into what was staged while nobody listened to its backend, which is dead. False when that cannot be
+    /// told: a guest that runs must find no other image.
+    fn find_out_boot(&self, volume: &VolumeRow, row: &AttachmentRow) -> Result<bool, Error> {
+        // After a restart of the host the socket is gone, and so are the guests.
+        let Some(image) = row.staged.filter(|_| self.places.control_socket(row.id).exists()) else { return Ok(true) };
+        if !volume.ephemeral {
+            return Ok(false);
+        }
+        // Its worker opened the delta then.
+        let staged = self.catalog.read(|facts| Ok::<_, Error>(facts.delta(&volume.name, DeltaState::Staged)?))?;
+        if let Some(delta) = staged.filter(|delta| delta.image == Some(image))
+            && open::was_used(&self.delta_path(&delta))?
+        {
+            self.note_served(volume, row, &tag_of(Some(image), Some(&delta)))?;
+        }
+        Ok(true)
     }
 
     /// Stops backends that no attachment is noted of.

@@ -29,7 +29,7 @@ impl Backend {
         line.extend(args.iter().map(|&arg| arg.to_owned()));
         line.extend(["--socket-path".to_owned(), socket.display().to_string()]);
         let log = dir.join(format!("{name}.log"));
-        let mut process = Process::start(&format!("backend {name}"), env!("CARGO_BIN_EXE_pando"), &line, log);
+        let mut process = Process::start(&format!("backend {name}"), program(), &line, log);
         wait_until("the backend to listen", START_LIMIT, || {
             process.assert_running();
             listens(&socket)
@@ -72,9 +72,17 @@ fn listens(socket: &Path) -> bool {
     })
 }
 
+/// The program: where the variable says that it is, such as the one that is packaged, or as it was built with the tests.
+pub fn program() -> PathBuf {
+    match std::env::var_os("PANDO_PROGRAMS") {
+        Some(directory) => Path::new(&directory).join("pando"),
+        None => env!("CARGO_BIN_EXE_pando").into(),
+    }
+}
+
 /// Runs `pando` to its end and gives what it printed.
 pub fn pando(args: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_pando")).args(args).output().expect("pando starts");
+    let output = Command::new(program()).args(args).output().expect("pando starts");
     assert!(output.status.success(), "pando {args:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("pando prints text")
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::backend::program;
 use crate::material::text;
 use crate::process::{Process, wait_until};
 
@@ -27,7 +28,7 @@ impl Host {
         let sockets = TempDir::new().expect("the system's directory takes files");
         let (state, run) = (text(&dir.join("state")), text(sockets.path()));
         let args = ["daemon", "--state-dir", &state, "--run-dir", &run].map(str::to_owned);
-        let process = Process::start("daemon", env!("CARGO_BIN_EXE_pando"), &args, dir.join("daemon.log"));
+        let process = Process::start("daemon", program(), &args, dir.join("daemon.log"));
         let mut host = Self { process, sockets };
         wait_until("the daemon to answer", START_LIMIT, || {
             host.process.assert_running();
@@ -46,7 +47,7 @@ impl Host {
     }
 
     fn try_pando(&self, args: &[&str]) -> Result<Value, String> {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pando"));
+        let mut command = Command::new(program());
         let output = command.args(args).arg("--json").env("PANDO_API", self.api()).output().expect("pando starts");
         if !output.status.success() {
             return Err(format!("{}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));

@@ -277,6 +277,52 @@ fn a_backend_that_dies_over_an_instruction_hands_it_on() {
     assert_eq!(machine.reads(), new);
 }
 
+/// A guest boots into what was staged while there is no daemon, and then its backend dies too: nobody who lives was told of it.
+#[test]
+fn a_guest_that_booted_unheard_finds_its_image_again_or_none() {
+    for ephemeral in [true, false] {
+        let kind = if ephemeral { "cow" } else { "read-only" };
+        let mut volume = json!({ "name": "os", "kind": kind, "channel": "os/stable" });
+        if ephemeral {
+            volume["ephemeral"] = json!(true);
+        }
+        let Setup { mut daemon, old, new } = setup(&[volume]);
+        let socket = daemon.attach("os", "vm");
+        let mut client = Client::start_on(daemon.connect(&socket), &kernel(), Guest::new());
+        assert_eq!(client.queues[0].read(0, SECTOR), old);
+        daemon.set_channel("os/stable", "os-2");
+        let [keeper] = daemon.keepers()[..] else { panic!("one backend") };
+        daemon.kill();
+        for profile in [firmware(), kernel()] {
+            client.base(0);
+            client.restart(&profile);
+            assert_eq!(client.queues[0].read(0, SECTOR), new);
+        }
+        if ephemeral {
+            client.queues[0].write(8, &[7; SECTOR]);
+        }
+        kill_process(Pid::from_raw(keeper as i32).expect("a process"), Signal::KILL).expect("it is killed");
+        daemon.start();
+        let state = |daemon: &Daemon| daemon.attachment("vm", "os")["state"].clone();
+        if ephemeral {
+            wait_until("another backend", || state(&daemon) == "running");
+            let mut client = client.reconnect(daemon.connect(&socket), &kernel());
+            assert_eq!(client.queues[0].read(0, SECTOR), new);
+            assert_eq!(client.queues[0].read(8, SECTOR), [7; SECTOR]);
+        } else {
+            wait_until("it to be given up", || state(&daemon) == "failed");
+            assert!(daemon.attachment("vm", "os")["error"].as_str().is_some_and(|why| why.contains("cannot be told")));
+            assert!(std::os::unix::net::UnixStream::connect(&socket).is_err(), "nobody serves it");
+            drop(client);
+            daemon.detach("vm", "os");
+            let mut machine = machine(&daemon, "os");
+            machine.start(&firmware());
+            assert_eq!(machine.reads(), new);
+        }
+        assert!(is_on(&daemon, "os", "os-2"));
+    }
+}
+
 #[test]
 fn a_deployment_reaches_each_vm_at_its_next_boot_and_can_be_taken_back() {
     let Setup { daemon, old, new } = setup(&[

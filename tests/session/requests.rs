@@ -19,24 +19,24 @@ const DISK_BYTES: usize = 1 << 20;
 const UNMAP: u32 = 1;
 
 #[track_caller]
-fn answer(queue: &mut Queue, kind: u32, sector: u64, readable: &[u8], writable: usize) -> (u8, u32) {
+pub fn answer(queue: &mut Queue, kind: u32, sector: u64, readable: &[u8], writable: usize) -> (u8, u32) {
     let completed = queue.execute(kind, sector, readable, writable);
     (completed.status, completed.len)
 }
 
 /// A chain of buffers that a test lays out itself.
-struct Chain {
+pub struct Chain {
     guest: Arc<Guest>,
     buffers: Vec<Buffer>,
 }
 
 impl Chain {
-    fn new(queue: &Queue) -> Chain {
+    pub fn new(queue: &Queue) -> Chain {
         Chain { guest: Arc::clone(queue.guest()), buffers: Vec::new() }
     }
 
     /// Appends bytes for the device to read.
-    fn reads(mut self, bytes: &[u8]) -> Chain {
+    pub fn reads(mut self, bytes: &[u8]) -> Chain {
         let address = self.guest.allocate(bytes.len() as u64 + 1, 1);
         self.guest.write(address, bytes);
         self.buffers.push(Buffer::readable(address, bytes.len()));
@@ -44,7 +44,7 @@ impl Chain {
     }
 
     /// Appends memory for the device to write.
-    fn writes(mut self, len: usize) -> Chain {
+    pub fn writes(mut self, len: usize) -> Chain {
         let address = self.guest.allocate(len as u64 + 1, 1);
         self.guest.write(address, &vec![NO_STATUS; len]);
         self.buffers.push(Buffer::writable(address, len));
@@ -53,14 +53,14 @@ impl Chain {
 
     /// Has it carried out: the length in the used ring, and all memory that the device could write.
     #[track_caller]
-    fn execute(&self, queue: &mut Queue) -> (u32, Vec<u8>) {
+    pub fn execute(&self, queue: &mut Queue) -> (u32, Vec<u8>) {
         let head = queue.ring.submit(&self.buffers);
         self.finish(queue, head)
     }
 
     /// As [`Chain::execute`], through an indirect table.
     #[track_caller]
-    fn execute_indirect(&self, queue: &mut Queue) -> (u32, Vec<u8>) {
+    pub fn execute_indirect(&self, queue: &mut Queue) -> (u32, Vec<u8>) {
         let table = self.guest.allocate(16 * self.buffers.len() as u64, 16);
         let head = queue.ring.submit_indirect(table, &self.buffers);
         self.finish(queue, head)

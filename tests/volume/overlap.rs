@@ -1,7 +1,10 @@
-//! Overlap: requests that come in the middle of a flush, and a power loss or the death of the process behind them.
+//! Overlap: requests that come in the middle of a flush, and a power loss or the death of the process behind them; and writes that come in
+//! the middle of another.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use pando::block::delta::layout::{LOG_HALF_BYTES, LOG_START};
 use pando::block::storage::Storage;
@@ -14,19 +17,40 @@ use super::history::{Step, seeded};
 use super::machine::{Machine, WATCHED};
 use super::stamps::Stamp;
 
-/// A disk whose next sync, once its work is done, waits for somebody to act before it returns.
+/// A disk whose next sync, once its work is done, waits for somebody to act before it returns; or whose next write does before it begins.
 #[derive(Clone)]
 struct Paused {
     disk: Disk,
     /// Where the sync says that it is done, and what it waits for.
     pause: Arc<Mutex<Option<Pause>>>,
+    /// The same of the write that is to begin.
+    write_pause: Arc<Mutex<Option<Pause>>>,
 }
 
 type Pause = (Sender<()>, Receiver<()>);
 
 impl Paused {
     fn new(disk: &Disk) -> Paused {
-        Paused { disk: disk.clone(), pause: Arc::default() }
+        Paused { disk: disk.clone(), pause: Arc::default(), write_pause: Arc::default() }
+    }
+
+    /// Writes, and acts when the first write to the disk of that has all that it is going to write. What it acts with is waited for, for a
+    /// while: it may have to wait for the write.
+    fn write_during(&self, write: impl FnOnce() + Send, act: impl FnOnce() + Send) {
+        let (begun, has_begun) = channel();
+        let (acted, has_acted) = channel();
+        *self.write_pause.lock().unwrap() = Some((begun, has_acted));
+        std::thread::scope(|scope| {
+            scope.spawn(write);
+            has_begun.recv().unwrap();
+            let (done, is_done) = channel::<()>();
+            scope.spawn(move || {
+                let _done = done;
+                act();
+            });
+            let _ = is_done.recv_timeout(Duration::from_millis(100));
+            drop(acted);
+        });
     }
 
     /// Flushes, and acts when the first sync of that is done.
@@ -50,6 +74,11 @@ impl Storage for Paused {
     }
 
     fn write_at(&self, from: &[Readable<'_>], offset: u64) -> std::io::Result<()> {
+        let pause = self.write_pause.lock().unwrap().take();
+        if let Some((begun, has_acted)) = pause {
+            begun.send(()).unwrap();
+            has_acted.recv().unwrap_err();
+        }
         self.disk.write_at(from, offset)
     }
 
@@ -80,6 +109,43 @@ fn write(machine: &mut Machine, volume: &Volume<Paused>, sector: u64) {
     volume.write(sector * SECTOR_BYTES, &[Readable::from_slice(&stamp.bytes())], &mut batch).unwrap();
     volume.commit(&mut batch).unwrap();
     machine.expected.complete(sector, stamp);
+}
+
+/// ubicloud#3972: what a write left of a part of the disk was filled up from the image more than once, and a fill that came late overwrote
+/// what had been written there since. Here one write has read what it fills a cluster up with, and others write to that cluster.
+#[test]
+fn ubicloud_3972_a_late_fill_overwrites_no_newer_write() {
+    let machine = Machine::new();
+    let storage = Paused::new(&machine.disk);
+    let volume = machine.open(&storage).unwrap();
+    let put = |sectors: Range<u64>, write: u64| {
+        let bytes: Vec<u8> = sectors.clone().flat_map(|sector| Stamp::new(write, sector).bytes()).collect();
+        let mut batch = Batch::default();
+        volume.write(sectors.start * SECTOR_BYTES, &[Readable::from_slice(&bytes)], &mut batch).unwrap();
+        volume.commit(&mut batch).unwrap();
+    };
+    // In the first cluster of a pair: next to it, behind it, all but it, into the next cluster, into it and from within it.
+    for (number, other) in [4..5, 7..8, 4..8, 5..16, 0..3].into_iter().enumerate() {
+        let first = 16 * number as u64;
+        let (one, other) = (first + 3..first + 4, first + other.start..first + other.end);
+        storage.write_during(|| put(one.clone(), 2), || put(other.clone(), 3));
+        for sector in first..first + 16 {
+            let mut found = [0; SECTOR_BYTES as usize];
+            volume.read(sector * SECTOR_BYTES, &[Writable::from_mut_slice(&mut found)]).unwrap();
+            let write = if one.contains(&sector) {
+                2
+            } else if other.contains(&sector) {
+                3
+            } else {
+                Stamp::BASE
+            };
+            assert_eq!(
+                Stamp::of(&found),
+                Some(Stamp::new(write, sector)),
+                "sector {sector}, the other write {other:?}"
+            );
+        }
+    }
 }
 
 /// A flush makes durable the marks of the data that it has synced, and not of data that came to lie beside them since.

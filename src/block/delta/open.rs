@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::block::error::is_full;
 use crate::block::storage::{FileStorage, Storage};
 use crate::digest::Digest;
 use crate::sys::buffers::Writable;
@@ -79,6 +80,17 @@ pub enum OpenError {
     /// Somebody else has it open.
     #[error("{file} is in use by {holder}: a delta has one writer")]
     Locked { file: String, holder: Holder },
+}
+
+impl OpenError {
+    /// Whether the file system has no room: the same may work later.
+    pub fn is_full(&self) -> bool {
+        match self {
+            OpenError::Io { source, .. } => is_full(source),
+            OpenError::Volume(error) => error.is_full(),
+            _ => false,
+        }
+    }
 }
 
 /// Where in a file something went wrong; nothing for the file as a whole.
@@ -304,6 +316,19 @@ pub fn read_session(storage: &impl Storage, label: &str) -> Result<Session, Open
         source,
     })?;
     Session::decode(&sector).map_err(|fault| OpenError::Header { file: label.to_owned(), fault })
+}
+
+/// Whether the delta at `path` has ever been served.
+pub fn was_used(path: &Path) -> Result<bool, OpenError> {
+    let label = path.display().to_string();
+    let (file, _) = open_to_look(path)?;
+    let storage = FileStorage::new(file).map_err(|source| OpenError::Io {
+        action: "examine",
+        file: label.clone(),
+        offset: 0,
+        source,
+    })?;
+    Ok(read_session(&storage, &label)? != Session::NONE)
 }
 
 /// Sees that no part of a delta with this header was cut off.

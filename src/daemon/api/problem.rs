@@ -50,6 +50,7 @@ impl From<Error> for Failure {
             Error::State { .. } => (StatusCode::CONFLICT, "wrong-state"),
             Error::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "busy"),
             Error::Store(StoreError::Full { .. }) => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),
+            Error::Delta(error) if error.is_full() => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),
             Error::Delta(_) => (StatusCode::CONFLICT, "delta"),
             Error::Store(_) | Error::Backend(_) | Error::Catalog(_) | Error::Io { .. } => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "failed")
@@ -72,6 +73,18 @@ impl IntoResponse for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::delta::OpenError;
+
+    #[test]
+    fn a_full_disk_is_told_apart() {
+        let full = |kind: std::io::ErrorKind| {
+            let source = std::io::Error::from(kind);
+            let error = OpenError::Io { action: "write", file: "a.delta".to_owned(), offset: 0, source };
+            Failure::from(Error::from(error)).0.status
+        };
+        assert_eq!(full(std::io::ErrorKind::StorageFull), 507);
+        assert_eq!(full(std::io::ErrorKind::PermissionDenied), 409);
+    }
 
     #[test]
     fn an_explanation_is_no_longer_than_anybody_reads() {

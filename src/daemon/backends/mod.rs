@@ -403,6 +403,11 @@ impl Backends {
         self.running(id).is_ok_and(|backend| !backend.link.has_ended())
     }
 
+    /// Whether a backend has said how it stands, so that whatever it has said since was heard too.
+    pub fn was_heard(&self, id: i64) -> bool {
+        self.running(id).is_ok()
+    }
+
     /// Notes that a backend's connection has ended.
     pub fn forget(&self, id: i64) {
         lock(&self.running).remove(&id);

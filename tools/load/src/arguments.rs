@@ -262,6 +262,9 @@ pub struct SoakOptions {
     /// The program whose daemon is tested; `pando-blk` lies beside it.
     #[arg(long, default_value = "pando")]
     pub pando: PathBuf,
+    /// Leave the deltas where all other files are: on a disk that keeps them, and is never full.
+    #[arg(long)]
+    pub deltas_on_disk: bool,
     /// Persistent cow volumes, beside one volume of each other kind.
     #[arg(long, default_value_t = 3)]
     pub cow_volumes: usize,

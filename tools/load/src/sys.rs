@@ -1,16 +1,19 @@
 //! What the load generator asks of the kernel and of raw memory: the only file here with `unsafe`.
 //!
 //! Owns shared memory (a mapped memfd that the backend maps too), a mapped file to copy from, the
-//! CPU clocks, handles of processes, and a few calls that the standard library lacks. Knows nothing of rings or requests.
+//! CPU clocks, handles of processes, mounts, and a few calls that the standard library lacks. Knows nothing of rings or requests.
 //!
 //! Shared memory is only ever reached through atomics (for fields that the backend may touch at the
 //! same time) and through raw copies (for data that nobody touches while a request is not in
 //! flight); no reference to it is ever handed out.
 
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -413,6 +416,62 @@ pub fn run_on(processors: &[usize]) -> io::Result<()> {
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Gives this process, which has one thread, and all that it starts a view of mounts of their own: what is mounted in it nobody else sees, and it
+/// goes with the last of them. Who is not root has the right to in a user namespace of its own, in which everybody stays who they are.
+pub fn keep_mounts_private() -> io::Result<()> {
+    // SAFETY: both only return numbers.
+    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    // SAFETY: takes a number, and parts this process from others' views alone.
+    let unshare = |what| check(unsafe { libc::unshare(what) });
+    // A root without the right would have less of it in a namespace that it may not give its users to.
+    if let Err(error) = unshare(libc::CLONE_NEWNS) {
+        if user == 0 {
+            return Err(error);
+        }
+        unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
+        std::fs::write("/proc/self/setgroups", "deny")?;
+        std::fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
+        std::fs::write("/proc/self/gid_map", format!("{group} {group} 1"))?;
+    }
+    mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE, None)
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn mount(kind: Option<&CStr>, place: &CStr, flags: libc::c_ulong, options: Option<&CStr>) -> io::Result<()> {
+    let kind = kind.map_or(ptr::null(), CStr::as_ptr);
+    let options = options.map_or(ptr::null(), |options| options.as_ptr().cast());
+    // SAFETY: every string ends with a zero and lives until the call returns; null stands for what the flags have no use for.
+    check(unsafe { libc::mount(kind, place.as_ptr(), kind, flags, options) })
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Mounts a file system in memory, of so many bytes, or has the one that is there have so many from now on: no less than it holds.
+pub fn mount_memory(place: &Path, bytes: u64, again: bool) -> io::Result<()> {
+    let options = CString::new(if again { format!("size={bytes}") } else { format!("size={bytes},mode=700") })?;
+    mount(Some(c"tmpfs"), &c_path(place)?, if again { libc::MS_REMOUNT } else { 0 }, Some(&options))
+}
+
+pub fn unmount(place: &Path) -> io::Result<()> {
+    // SAFETY: the path ends with a zero and lives until the call returns.
+    check(unsafe { libc::umount2(c_path(place)?.as_ptr(), libc::MNT_DETACH) })
+}
+
+/// The bytes that the file system of `place` holds.
+pub fn held_bytes(place: &Path) -> io::Result<u64> {
+    let mut found = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends with a zero, and there is room for the answer.
+    check(unsafe { libc::statvfs(c_path(place)?.as_ptr(), found.as_mut_ptr()) })?;
+    // SAFETY: filled in by the call, which has succeeded.
+    let found = unsafe { found.assume_init() };
+    Ok((found.f_blocks - found.f_bfree) * found.f_frsize)
 }
 
 /// Drops a file's clean pages from the page cache.

@@ -181,6 +181,13 @@ impl Verifier {
         self.in_flight.clear();
     }
 
+    /// What is in flight may have been carried out, or some of it.
+    pub fn doubt_in_flight(&mut self) {
+        for (request, _) in self.in_flight.iter().filter(|(request, _)| request.operation != Operation::Read) {
+            self.generations[Self::sectors(request)].fill(UNKNOWN);
+        }
+    }
+
     /// Takes up where an earlier run left off, so that what it wrote is checked too.
     pub fn load(&mut self, path: &Path) -> Result<()> {
         let mut bytes = Vec::new();
@@ -299,16 +306,17 @@ impl Verifier {
     fn check_read(&mut self, request: &Request, answer: &Answer) -> Result<()> {
         let mut data = std::mem::take(&mut self.scratch);
         answer.memory.read(answer.data, &mut data[..request.bytes as usize]);
+        let mut result = Ok(());
         if self.looks {
             self.seen = content::generation_of(&data, request.offset).filter(|seen| *seen < FIRST_WRITTEN);
         } else {
             let sectors = data.chunks_exact(SECTOR_BYTES as usize);
-            for (sector, data) in Self::sectors(request).zip(sectors) {
-                self.check(data, sector as u64 * SECTOR_BYTES, self.generations[sector])?;
-            }
+            result = Self::sectors(request).zip(sectors).try_for_each(|(sector, data)| {
+                self.check(data, sector as u64 * SECTOR_BYTES, self.generations[sector])
+            });
         }
         self.scratch = data;
-        Ok(())
+        result
     }
 
     fn note_discard(&mut self, request: &Request) {

@@ -40,8 +40,8 @@ pub enum Finds {
     Same,
     /// That, or the one that its channel points to.
     Either,
-    /// The one that its channel points to, unless somebody has struck at the backend since then.
-    Next(Moment),
+    /// The one that its channel points to, unless somebody has struck at the backend since then, or there was no room for a delta.
+    Next { undisturbed: Moment, roomy: Moment },
     /// That one too, and nothing of what was written is left on a volume that does not keep it.
     Fresh,
 }
@@ -100,6 +100,7 @@ impl FrontEnd {
     fn start_driver(&mut self, held: &mut Held, driver: Driver, finds: Finds) -> Result<()> {
         let queues = self.standing.driver_starts(driver, self.offered()?, &self.config)?;
         held.take_queues(queues);
+        self.started = self.site.fills();
         let spare = self.standing.is_plugged.then(|| self.standing.spare());
         held.set_spare(spare.as_ref());
         self.start_rings()?;
@@ -115,7 +116,10 @@ impl FrontEnd {
         let is_allowed = match finds {
             Finds::Same => seen == same,
             Finds::Either => seen == same || seen == next,
-            Finds::Next(since) => seen == next || seen == same && self.undisturbed_since() != Some(since),
+            Finds::Next { undisturbed, roomy } => {
+                let is_excused = self.undisturbed_since() != Some(undisturbed) || self.site.was_full_since(roomy);
+                seen == next || seen == same && is_excused
+            }
             Finds::Fresh => seen == next,
         };
         let names = |image: Option<Image>| image.map_or("none".to_owned(), |image| image.version());
@@ -196,6 +200,7 @@ impl FrontEnd {
     /// Resets the guest, with what is in flight or without, and has it boot.
     pub fn reset(&mut self, through: Through, drains: bool, moves: Option<fastrand::Rng>) -> Result<()> {
         let mut staged = None;
+        let roomy = self.site.fills();
         if let Some(mut random) = moves {
             self.wait_until_known()?;
             // Whom the move has reached is known only while nobody strikes at the backend.
@@ -208,8 +213,11 @@ impl FrontEnd {
             self.drain(&mut held)?;
         }
         let positions = self.stop_rings()?;
-        // What is complete counts. The rest was never taken, and the guest forgets it.
+        // What is complete counts. The rest was never taken, unless it waits for room, and the guest forgets it.
         held.harvest()?;
+        if self.has_been_full() {
+            held.verifier().doubt_in_flight();
+        }
         if machine.disk.manner.tells_reset {
             // Should the backend die over it, the next one has nothing to reset.
             self.say("a reset", |link, _| link.connection.reset_device())?;
@@ -217,8 +225,8 @@ impl FrontEnd {
         let finds = match (through, staged) {
             (Through::Kernel, _) => Finds::Same,
             // Rings that stopped where they began tell nothing.
-            (Through::Firmware(_), Some(since)) if positions.iter().any(|position| *position != 0) => {
-                Finds::Next(since)
+            (Through::Firmware(_), Some(undisturbed)) if positions.iter().any(|position| *position != 0) => {
+                Finds::Next { undisturbed, roomy }
             }
             (Through::Firmware(_), _) => Finds::Either,
         };

@@ -27,15 +27,29 @@ const NEVER: [&str; 8] = [
     "backend.failed",
     "worker.held",
     "volume.latched",
-    "image.failed",
+    NO_IMAGE,
     "image.corrupt",
     "job.failed",
     "file.unknown",
     "job.interrupted",
 ];
+/// An image could not be staged, which may be for want of room.
+const NO_IMAGE: &str = "image.failed";
+/// What the system says then.
+pub const NO_ROOM: &str = "No space left on device";
+/// Requests wait for room.
+const FULL: &str = "volume.full";
 /// Events that are counted.
-const COUNTED: [&str; 6] =
-    ["worker.died", "backend.died", "backend.restarted", "image.active", "channel.moved", "front-end.connected"];
+const COUNTED: [&str; 8] = [
+    "worker.died",
+    "backend.died",
+    "backend.restarted",
+    "backend.upgraded",
+    "backend.upgrade-failed",
+    "image.active",
+    "channel.moved",
+    "front-end.connected",
+];
 
 /// A kind of event, and what it is about.
 type Key = (String, String);
@@ -85,6 +99,8 @@ struct Book {
     most: BTreeMap<Key, u64>,
     found: BTreeMap<Key, u64>,
     last_event: i64,
+    /// How often requests have begun to wait for room.
+    waits: u64,
 }
 
 #[derive(Default)]
@@ -179,9 +195,10 @@ impl Clerk {
         self.read(site)
     }
 
-    /// How many events were read.
-    pub fn events(&self) -> i64 {
-        self.book().last_event
+    /// How many events were read, and how many of them told that requests wait for room.
+    pub fn events(&self) -> (i64, u64) {
+        let book = self.book();
+        (book.last_event, book.waits)
     }
 
     /// Reads events until told to stop.
@@ -209,9 +226,11 @@ impl Book {
         }
         ensure!(id == self.last_event + 1, "event {id} follows event {}: some are missing", self.last_event);
         self.last_event = id;
-        if NEVER.contains(&kind.as_str()) {
-            bail!("event {kind} of {object}: {}", text("detail"));
+        let detail = text("detail");
+        if NEVER.contains(&kind.as_str()) && !(kind == NO_IMAGE && detail.contains(NO_ROOM)) {
+            bail!("event {kind} of {object}: {detail}");
         }
+        self.waits += u64::from(kind == FULL);
         if COUNTED.contains(&kind.as_str()) {
             *self.found.entry((kind, object)).or_default() += 1;
         }
@@ -277,5 +296,18 @@ mod tests {
         assert!(event(&clerk, 2, "backend.failed").is_err());
         let clerk = Clerk::default();
         assert!(event(&clerk, 2, "image.imported").is_err());
+        let clerk = Clerk::default();
+        assert!(event(&clerk, 1, NO_IMAGE).is_err());
+    }
+
+    #[test]
+    fn an_image_that_finds_no_room_is_no_failure_and_waits_are_counted() {
+        let clerk = Clerk::default();
+        let detail = "cannot write a.delta: No space left on device (os error 28)";
+        let no_room = json!({ "id": 1, "kind": NO_IMAGE, "object": "a", "detail": detail });
+        clerk.book().take(&no_room).unwrap();
+        event(&clerk, 2, FULL).unwrap();
+        clerk.compare().unwrap();
+        assert_eq!(clerk.events(), (2, 1));
     }
 }

@@ -15,6 +15,7 @@ use crate::soak::front_end::FrontEnd;
 use crate::soak::household;
 use crate::soak::journal::Journal;
 use crate::soak::machine::Machine;
+use crate::soak::operator::Operator;
 use crate::soak::plan::{Kind, Plan};
 use crate::soak::site::Site;
 use crate::soak::warden::Warden;
@@ -27,7 +28,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Something to do at a time.
 struct Later {
     at: Instant,
-    act: Box<dyn FnOnce() + Send>,
+    act: Box<dyn FnOnce() -> Result<()> + Send>,
 }
 
 /// All that can be disturbed.
@@ -37,6 +38,7 @@ pub struct Conductor {
     pub clerk: Arc<Clerk>,
     pub journal: Arc<Journal>,
     pub warden: Warden,
+    pub operator: Operator,
     watch: Arc<Watch>,
     /// Each machine's keeper, as far as it is known.
     keepers: Vec<Option<u32>>,
@@ -50,10 +52,11 @@ impl Conductor {
         clerk: Arc<Clerk>,
         journal: Arc<Journal>,
         warden: Warden,
+        operator: Operator,
         watch: Arc<Watch>,
     ) -> Self {
         let keepers = vec![None; machines.len()];
-        Self { machines, site, clerk, journal, warden, watch, keepers, later: Vec::new() }
+        Self { machines, site, clerk, journal, warden, operator, watch, keepers, later: Vec::new() }
     }
 
     /// Disturbs for so long, and then until nothing follows any more.
@@ -68,14 +71,16 @@ impl Conductor {
         });
         let start = Instant::now();
         for planned in Plan::new(kinds.to_vec(), seed).take_while(|planned| planned.at < time) {
-            self.wait_until(start + planned.at);
+            self.wait_until(start + planned.at)?;
             if self.watch.failure().is_some() {
                 break;
             }
             self.begin(planned.kind, planned.target, fastrand::Rng::with_seed(planned.seed))?;
         }
-        while let Some(last) = self.later.iter().map(|later| later.at).max() {
-            self.wait_until(last);
+        while let Some(last) = self.later.iter().map(|later| later.at).max()
+            && self.watch.failure().is_none()
+        {
+            self.wait_until(last)?;
         }
         Ok(())
     }
@@ -100,14 +105,14 @@ impl Conductor {
     }
 
     /// Waits, and does what is due meanwhile.
-    fn wait_until(&mut self, until: Instant) {
+    fn wait_until(&mut self, until: Instant) -> Result<()> {
         loop {
             let now = Instant::now();
             while let Some(due) = self.later.iter().position(|later| later.at <= now) {
-                (self.later.swap_remove(due).act)();
+                (self.later.swap_remove(due).act)()?;
             }
             if now >= until || self.watch.failure().is_some() {
-                return;
+                return Ok(());
             }
             let next = self.later.iter().map(|later| later.at).fold(until, Instant::min);
             thread::sleep(next.saturating_duration_since(now).min(LOOK_INTERVAL));
@@ -115,7 +120,7 @@ impl Conductor {
     }
 
     /// Has something done after so long.
-    pub fn later(&mut self, after: Duration, act: impl FnOnce() + Send + 'static) {
+    pub fn later(&mut self, after: Duration, act: impl FnOnce() -> Result<()> + Send + 'static) {
         self.later.push(Later { at: Instant::now() + after, act: Box::new(act) });
     }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::drive::Tally;
 use crate::host::daemon::Daemon;
-use crate::soak::clerk::Clerk;
+use crate::soak::clerk::{Clerk, NO_ROOM};
 use crate::soak::disk::{IMAGES, Kind};
 use crate::soak::front_end::FrontEnd;
 use crate::soak::household;
@@ -94,8 +94,10 @@ fn settle(machines: &[Arc<Machine>], site: &Site, clerk: &Clerk, watch: &Watch) 
 
 fn check_attachment(found: &Value, known: &Known) -> Result<()> {
     let version = &found["image"]["versions"][0];
+    // What could not be staged while there was no room is not tried again by itself.
+    let is_untroubled = found["error"].as_str().is_none_or(|error| error.contains(NO_ROOM));
     let is_right = found["state"] == "running"
-        && found["error"].is_null()
+        && is_untroubled
         && found["connected"] == true
         && found["bytes"] == known.bytes
         && version.as_str() == known.image.as_deref();

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use crate::connection::Config;
 use crate::soak::clerk::Clerk;
 use crate::soak::disk::{Disk, Image};
-use crate::soak::guest::Held;
+use crate::soak::guest::{DEPTH, Held};
 use crate::soak::machine::{Machine, Tasks};
 use crate::soak::site::Site;
 use crate::soak::standing::{Link, Standing};
@@ -51,6 +51,8 @@ pub struct FrontEnd {
     /// What the volume was made to grow to.
     pub grown: Option<u64>,
     pub socket: PathBuf,
+    /// The last start of a driver, among the times when the deltas' disk was full.
+    pub started: Moment,
     link: Option<Link>,
     /// As of when there is this connection.
     since: Moment,
@@ -73,6 +75,7 @@ impl FrontEnd {
             wanted: machine.disk.image,
             grown: None,
             socket: PathBuf::new(),
+            started: Moment::default(),
             link: None,
             since: machine.keeper_strikes.now(),
             is_over: false,
@@ -112,6 +115,11 @@ impl FrontEnd {
     /// As of when there is this connection, with nobody having struck at the backend since.
     pub fn undisturbed_since(&self) -> Option<Moment> {
         (self.link.is_some() && !self.machine.keeper_strikes.since(self.since)).then_some(self.since)
+    }
+
+    /// Whether requests of this driver's may have waited for room.
+    pub fn has_been_full(&self) -> bool {
+        self.site.was_full_since(self.started)
     }
 
     /// The features that the backend offers.
@@ -268,8 +276,10 @@ impl FrontEnd {
             let Some(stopped) = stopped else { continue };
             self.standing.runs = false;
             let positions = self.standing.positions();
+            // What waits for room waits on.
+            let waiting_max = if self.has_been_full() { DEPTH as u16 } else { 0 };
             ensure!(
-                stopped == positions,
+                stopped.iter().zip(&positions).all(|(taken, done)| taken.wrapping_sub(*done) <= waiting_max),
                 "the rings are to go on at {stopped:?}, and have completed up to {positions:?}"
             );
             return Ok(stopped);

@@ -22,6 +22,11 @@ pub fn adopt() -> Result<()> {
     sys::adopt_orphans().context("cannot become the parent of orphans")
 }
 
+/// What either is called, until then, of which a keeper has executed the open file.
+fn is_number(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// A process's name and whether it has ended without anybody's having taken note.
 fn look(pid: u32) -> Option<(String, bool)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -53,7 +58,7 @@ pub fn workers(keeper: u32) -> Vec<ProcessHandle> {
 /// Takes note of the end of keepers and workers that were left to this process.
 pub fn bury_orphans() {
     for pid in tree(std::process::id()).into_iter().skip(1) {
-        let is_ours = |name: &str| [KEEPER, WORKER, NEITHER_YET].contains(&name);
+        let is_ours = |name: &str| [KEEPER, WORKER, NEITHER_YET].contains(&name) || is_number(name);
         if look(pid).is_some_and(|(name, has_ended)| has_ended && is_ours(&name)) {
             sys::bury(pid);
         }

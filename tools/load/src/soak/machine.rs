@@ -25,6 +25,8 @@ pub struct Machine {
     pub seat: Seat,
     /// What was done to its keeper.
     pub keeper_strikes: Strikes,
+    /// The times when its volume was not attached.
+    pub absences: Strikes,
     /// As of when its front end is served by a keeper that has a worker; none: it may have none.
     served: Mutex<Option<Moment>>,
     tasks: Sender<Task>,
@@ -47,6 +49,7 @@ impl Machine {
             disk,
             seat: Seat::new(guest)?,
             keeper_strikes: Strikes::default(),
+            absences: Strikes::default(),
             served: Mutex::default(),
             tasks: sender,
             pending: AtomicUsize::new(0),
@@ -81,11 +84,19 @@ impl Machine {
         *self.lock_served() = since;
     }
 
+    fn is_alive(&self, served: Option<Moment>) -> bool {
+        served.is_some_and(|since| !self.keeper_strikes.since(since))
+    }
+
+    /// Whether its front end is served by a keeper that nobody has struck at.
+    pub fn is_served(&self) -> bool {
+        self.is_alive(*self.lock_served())
+    }
+
     /// Strikes at the machine's processes, if its front end is served at the moment, and stays so until the strike is over.
     pub fn strike(&self, strike: impl FnOnce() -> Result<Begun>) -> Result<Begun> {
         let served = self.lock_served();
-        let is_served = served.is_some_and(|since| !self.keeper_strikes.since(since));
-        if is_served { strike() } else { Ok(Begun::Missed("its front end may have no backend")) }
+        if self.is_alive(*served) { strike() } else { Ok(Begun::Missed("its front end may have no backend")) }
     }
 }
 

@@ -17,8 +17,10 @@ mod guest;
 mod household;
 mod journal;
 mod machine;
+mod operator;
 mod plan;
 mod report;
+mod room;
 mod site;
 mod standing;
 mod strikes;
@@ -46,7 +48,9 @@ use front_end::FrontEnd;
 use guest::Guest;
 use journal::Journal;
 use machine::Machine;
+use operator::Operator;
 use report::Summary;
+use room::Room;
 use site::Site;
 use warden::Warden;
 use watch::Watch;
@@ -55,6 +59,8 @@ use watch::Watch;
 const PURPOSE: &str = "soak";
 /// How often it is looked whether all is well.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// What the deltas' file system has for each disk: more than the largest and what is staged for it.
+const ROOM_BYTES: u64 = 64 << 20;
 
 pub fn run(options: &SoakOptions) -> Result<()> {
     // Of a size that people can copy from one terminal to another.
@@ -63,6 +69,11 @@ pub fn run(options: &SoakOptions) -> Result<()> {
     sys::note_interrupts();
     household::adopt()?;
     let directory = make_directory(&options.work_dir, seed)?;
+    let disks = options.cow_volumes as u64 + 3;
+    let room = match options.deltas_on_disk {
+        true => None,
+        false => Room::mount(&directory.join("state"), disks * ROOM_BYTES)?.map(Arc::new),
+    };
     let watch = Arc::new(Watch::default());
     let (sender, done) = channel();
     let time = Duration::from_secs_f64(options.minutes * 60.0);
@@ -72,6 +83,7 @@ pub fn run(options: &SoakOptions) -> Result<()> {
         cow_volumes: options.cow_volumes,
         pando: options.pando.clone(),
         directory: directory.clone(),
+        room: room.clone(),
         watch: watch.clone(),
     };
     watch.spawn("run", move || {
@@ -99,12 +111,16 @@ pub fn run(options: &SoakOptions) -> Result<()> {
     match (report, watch.failure()) {
         (Some(report), None) => {
             print!("{report}");
+            room.map_or(Ok(()), |room| room.unmount())?;
             fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())
         }
         (_, failure) => {
             household::kill_all();
             // Nobody listens there any more. What matters is told below.
             let _ = fs::remove_dir_all(daemon::run_directory(PURPOSE));
+            if let Some(Err(error)) = room.map(|room| room.rescue(&directory.join("volumes"))) {
+                eprintln!("the deltas are lost: {error:#}");
+            }
             let failure = failure.unwrap_or_else(|| "it ended without a word".to_owned());
             bail!("seed {seed}: {failure}\nthe journal, the daemon's log and its files are in {}", directory.display())
         }
@@ -124,6 +140,7 @@ struct Soak {
     cow_volumes: usize,
     pando: PathBuf,
     directory: PathBuf,
+    room: Option<Arc<Room>>,
     watch: Arc<Watch>,
 }
 
@@ -140,6 +157,7 @@ impl Soak {
             run: daemon::run_directory(PURPOSE),
             pando: self.pando.clone(),
             outages: Default::default(),
+            room: self.room.clone(),
         });
         let clerk = Arc::new(Clerk::default());
         clerk.start(&site, &self.watch)?;
@@ -155,18 +173,21 @@ impl Soak {
         }
         progress(&format!("disturbing {} machines for {:.0} s", machines.len(), self.time.as_secs_f64()));
         let (watch, journal_of) = (self.watch.clone(), journal.clone());
-        let mut conductor = Conductor::new(machines.clone(), site.clone(), clerk.clone(), journal_of, warden, watch);
+        let operator = Operator::start(&machines, &site, &clerk, &journal, &self.watch)?;
+        let mut conductor =
+            Conductor::new(machines.clone(), site.clone(), clerk.clone(), journal_of, warden, operator, watch);
         conductor.run(random.u64(..), self.time)?;
         progress("comparing");
         let mut daemon = conductor.warden.end()?;
+        conductor.operator.end()?;
         let finished = finish::finish(&machines, &site, &clerk, &self.watch, &mut daemon);
         if let Err(error) = &finished {
             // Ahead of what becomes of everybody when the daemon is let go.
             self.watch.fail("run", error);
         }
         let (tally, read_back_bytes) = finished?;
-        let (disks, events) = (machines.len(), clerk.events());
-        let summary = Summary { seed: self.seed, disks, time: self.time, tally, read_back_bytes, events };
+        let (disks, (events, waits)) = (machines.len(), clerk.events());
+        let summary = Summary { seed: self.seed, disks, time: self.time, tally, read_back_bytes, events, waits };
         Ok(report::report(&summary, &journal))
     }
 

@@ -16,6 +16,8 @@ pub struct Summary {
     pub tally: Tally,
     pub read_back_bytes: u64,
     pub events: i64,
+    /// How many of them told that requests wait for room.
+    pub waits: u64,
 }
 
 pub fn report(summary: &Summary, journal: &Journal) -> String {
@@ -35,7 +37,7 @@ fn write(out: &mut String, summary: &Summary, journal: &Journal) -> std::fmt::Re
     }
     writeln!(out, "{:<32} {:>6} {:>7} {:>14}", "none of these", "", "", seconds(journal.longest_otherwise()))?;
 
-    let Summary { seed, disks, time, tally, read_back_bytes, events } = summary;
+    let Summary { seed, disks, time, tally, read_back_bytes, events, waits } = summary;
     let quantile = |q| tally.latency.quantile_ns(q) as f64 / 1e3;
     writeln!(
         out,
@@ -48,7 +50,7 @@ fn write(out: &mut String, summary: &Summary, journal: &Journal) -> std::fmt::Re
     )?;
     writeln!(
         out,
-        "{} MiB read back after a fresh attach; {events} events of the daemon's read",
+        "{} MiB read back after a fresh attach; {events} events of the daemon's read, {waits} of requests that wait for room",
         read_back_bytes >> 20
     )?;
     writeln!(out, "seed {seed}: nothing was lost")

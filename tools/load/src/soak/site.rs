@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,12 +11,15 @@ use serde_json::{Value, json};
 
 use crate::host::api::{self, Answer};
 use crate::soak::disk::Disk;
-use crate::soak::strikes::Strikes;
+use crate::soak::room::Room;
+use crate::soak::strikes::{Moment, Strikes};
 use crate::soak::watch::Pulse;
 
 /// How long it is asked again when nobody answers, or somebody who has an excuse.
 const PATIENCE: Duration = Duration::from_secs(60);
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
+/// What the daemon answers when there is no room for what it was to make.
+const DISK_FULL: u16 = 507;
 
 pub struct Site {
     pub directory: PathBuf,
@@ -24,6 +28,8 @@ pub struct Site {
     pub pando: PathBuf,
     /// What was done to the daemon.
     pub outages: Strikes,
+    /// Where the deltas are, if that can be full.
+    pub room: Option<Arc<Room>>,
 }
 
 /// An answer to something that may have been asked before, without an answer.
@@ -33,9 +39,24 @@ pub struct Insisted {
 }
 
 impl Site {
+    /// Now, among the times when the deltas' disk was full.
+    pub fn fills(&self) -> Moment {
+        self.room.as_ref().map(|room| room.fills.now()).unwrap_or_default()
+    }
+
+    /// Whether that disk has been full since then.
+    pub fn was_full_since(&self, moment: Moment) -> bool {
+        self.room.as_ref().is_some_and(|room| room.fills.since(moment))
+    }
+
+    /// Asks once.
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Answer> {
+        api::ask(&self.run.join("api.sock"), method, path, body)
+    }
+
     /// Asks once, of a daemon that may be dead.
     pub fn try_ask(&self, method: &str, path: &str, body: Option<&Value>) -> Option<Answer> {
-        api::ask(&self.run.join("api.sock"), method, path, body).ok()
+        self.ask(method, path, body).ok()
     }
 
     /// Asks until there is an answer. A failure of the daemon's is asked about again while there is an excuse for it.
@@ -50,9 +71,10 @@ impl Site {
         let ends = Instant::now() + PATIENCE;
         let mut was_repeated = false;
         loop {
-            let before = self.outages.now();
-            let answer = api::ask(&self.run.join("api.sock"), method, path, body);
-            let is_excused = self.outages.since(before) || has_excuse();
+            let (before, fills) = (self.outages.now(), self.fills());
+            let answer = self.ask(method, path, body);
+            let is_full = matches!(&answer, Ok(answer) if answer.status == DISK_FULL) && self.was_full_since(fills);
+            let is_excused = self.outages.since(before) || is_full || has_excuse();
             match answer {
                 Ok(answer) if answer.status < 500 => return Ok(Insisted { answer, was_repeated }),
                 _ if is_excused && Instant::now() < ends => {}

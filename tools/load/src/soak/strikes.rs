@@ -12,16 +12,26 @@ pub struct Strikes {
 }
 
 /// A moment among strikes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moment(u64);
 
 impl Strikes {
     /// Carries one out.
     pub fn strike<T>(&self, strike: impl FnOnce() -> T) -> T {
-        self.begun.fetch_add(1, Ordering::SeqCst);
+        self.begin();
         let result = strike();
-        self.over.fetch_add(1, Ordering::SeqCst);
+        self.end();
         result
+    }
+
+    /// One begins, which somebody else may end.
+    pub fn begin(&self) {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// It is over.
+    pub fn end(&self) {
+        self.over.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Now: what is begun and not over counts as what comes later.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::soak::conductor::Conductor;
-use crate::soak::disk::Disk;
+use crate::soak::disk::{Disk, Kind};
 use crate::soak::disturbance::{Begun, Disturbance};
 use crate::soak::household;
 
@@ -40,6 +40,13 @@ impl Disturbance for KeeperKilled {
         let machine = conductor.machines[target].clone();
         let (clerk, journal, object) = (conductor.clerk.clone(), conductor.journal.clone(), machine.disk.object());
         machine.strike(|| {
+            // A boot that no daemon has heard of is forgotten with the keeper; of a disk without a delta nobody can find out, so the machine is given up.
+            if machine.disk.kind == Kind::ReadOnly {
+                let answer = conductor.site.try_ask("GET", &machine.disk.attachment(), None);
+                if answer.is_none_or(|answer| !answer.body["staged"].is_null()) {
+                    return Ok(Begun::Missed("no daemon knows which image its guest is on"));
+                }
+            }
             let (pid, keeper) = match conductor.keeper(target) {
                 Ok(found) => found,
                 Err(missed) => return Ok(missed),

@@ -4,6 +4,7 @@
 //! whatever it may cost events or connections it tells the clerk or strikes through [`crate::soak::machine::Machine::strike`].
 
 mod daemon_killed;
+mod disk_full;
 mod growth;
 mod keeper_killed;
 mod memory_hotplug;
@@ -11,6 +12,7 @@ mod pause;
 mod reattached;
 mod reconnect;
 mod reset;
+mod upgraded;
 mod worker_killed;
 mod worker_stopped;
 
@@ -22,15 +24,18 @@ use crate::soak::conductor::Conductor;
 use crate::soak::disk::Disk;
 
 /// All of them, in the order of the report.
-pub const ALL: [&dyn Disturbance; 11] = [
+pub const ALL: [&dyn Disturbance; 14] = [
     &worker_killed::WorkerKilled,
     &worker_stopped::WorkerStopped,
     &keeper_killed::KeeperKilled { with_worker: true },
     &keeper_killed::KeeperKilled { with_worker: false },
     &daemon_killed::DaemonKilled,
+    &upgraded::Upgraded,
+    &disk_full::DiskFull,
     &reconnect::Reconnect,
     &pause::Pause,
-    &reset::Reset,
+    &reset::Reset { moves: false },
+    &reset::Reset { moves: true },
     &memory_hotplug::MemoryHotplug,
     &growth::Growth,
     &reattached::Reattached,

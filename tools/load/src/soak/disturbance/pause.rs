@@ -36,7 +36,8 @@ fn pause(front_end: &mut FrontEnd, time: Duration) -> Result<()> {
     let _held = machine.seat.hold();
     match machine.disk.manner.pause {
         disk::Pause::Stop => {
-            let stopped = front_end.stop_rings()?;
+            front_end.stop_rings()?;
+            let stopped = front_end.standing.positions();
             thread::sleep(time);
             expect_still(&stopped, &front_end.standing.positions())?;
             front_end.start_rings()

@@ -20,9 +20,11 @@ impl Disturbance for Reattached {
         Ok(conductor.ask(kind, target, |front_end| {
             let (machine, clerk) = (front_end.machine.clone(), front_end.clerk.clone());
             let mut held = machine.seat.hold();
-            clerk.change(&machine.disk.object(), || {
-                front_end.switch_off(&mut held)?;
-                front_end.switch_on(&mut held)
+            machine.absences.strike(|| {
+                clerk.change(&machine.disk.object(), || {
+                    front_end.switch_off(&mut held)?;
+                    front_end.switch_on(&mut held)
+                })
             })
         }))
     }

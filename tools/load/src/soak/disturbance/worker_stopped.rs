@@ -44,6 +44,7 @@ impl Disturbance for WorkerStopped {
                 // It may have been killed meanwhile.
                 let _ = worker.send(libc::SIGCONT);
                 journal.end(stopped);
+                Ok(())
             });
             Ok(Begun::Done)
         })
