@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -14,6 +15,8 @@ use crate::soak::machine::Machine;
 use crate::soak::site::Site;
 use crate::soak::watch::{Pulse, Watch};
 
+/// How soon it is tried again after the daemon has died over it.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 const UPGRADED: &str = "backend.upgraded";
 const NOT_UPGRADED: &str = "backend.upgrade-failed";
 
@@ -32,25 +35,25 @@ impl Operator {
         journal: &Arc<Journal>,
         watch: &Arc<Watch>,
     ) -> Result<Self> {
-        let (orders, taken) = channel();
+        let (orders, taken) = channel::<usize>();
         let is_busy = Arc::new(AtomicBool::new(false));
         let (site, clerk, journal) = (site.clone(), clerk.clone(), journal.clone());
         let (machines, pulse, busy) = (machines.to_vec(), watch.pulse("operator"), is_busy.clone());
         let thread = watch.spawn("operator", move || {
             while let Ok(kind) = taken.recv() {
+                let name = ALL[kind].name();
                 let begun = journal.begin(kind, None);
-                let upgraded = upgrade(&machines, &site, &clerk, &pulse).context(ALL[kind].name())?;
+                let count = loop {
+                    match upgrade(&machines, &site, &clerk, &pulse).context(name)? {
+                        Some(count) => break count,
+                        // As whoever is told that the connection broke: some have been upgraded, and are once more.
+                        None => journal.say(&format!("{name}: cut off with the daemon")),
+                    }
+                    thread::sleep(RETRY_INTERVAL);
+                };
                 journal.end(begun);
-                match upgraded {
-                    Some(count) => {
-                        journal.done(kind);
-                        journal.say(&format!("{}: {count} of {}: done", ALL[kind].name(), machines.len()));
-                    }
-                    None => {
-                        journal.missed(kind);
-                        journal.say(&format!("{}: cut off with the daemon", ALL[kind].name()));
-                    }
-                }
+                journal.done(kind);
+                journal.say(&format!("{name}: {count} of {}: done", machines.len()));
                 busy.store(false, Ordering::Release);
             }
             Ok(())
