@@ -127,7 +127,7 @@ pub struct RingRun {
     pub has_error: bool,
 }
 
-/// What the worker says to an order.
+/// What the worker says to an order. The first answer comes with the descriptor by which its death is noticed at once, if it has one.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {
     /// To [`Order::Open`]: what the volume turned out to be.
