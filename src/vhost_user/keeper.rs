@@ -336,16 +336,18 @@ impl<'k> Keeper<'k> {
             (Some(session), Some(stream)) => Some(session.freeze(stream.as_ref(), &mut keeping)),
             _ => None,
         };
+        let service = self.service();
         let state = State {
             sandbox: sandbox::is_closed(),
             log_level: log::max_level() as u8,
             boot,
             endpoint,
             endpoint_listens,
-            service: self.service().freeze(&mut keeping),
+            service: service.freeze(&mut keeping),
             session,
-            further: self.service().freeze_further(),
+            further: service.freeze_further(),
         };
+        drop(service);
         Ok(handover::execute(program.as_fd(), &state, &keeping, sandbox::further_arguments()))
     }
 

@@ -102,6 +102,19 @@ impl Host {
         (version(&attachment["image"]).expect("it has an image"), version(&attachment["staged"]))
     }
 
+    /// The keeper's process of the VM of a volume's name.
+    pub fn keeper(&self, name: &str) -> u32 {
+        let attachment = self.pando(&["attachment", "show", name, name]);
+        attachment["process"].as_u64().and_then(|process| process.try_into().ok()).expect("its backend runs")
+    }
+
+    /// Has the one backend go on with the installed program.
+    pub fn upgrade(&self) {
+        let upgraded = self.pando(&["upgrade"]);
+        let [one] = &upgraded.as_array().expect("a list")[..] else { panic!("{upgraded}") };
+        assert!(one["error"].is_null(), "{upgraded}");
+    }
+
     pub fn detach(&self, name: &str) {
         self.pando(&["detach", name, "--vm", name]);
     }

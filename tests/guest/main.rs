@@ -15,5 +15,6 @@ mod material;
 mod package;
 mod process;
 mod relay;
+mod survival;
 mod updates;
 mod vm;

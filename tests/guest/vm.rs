@@ -10,6 +10,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use crate::backend::Backend;
 use crate::material;
 use crate::process::{Process, wait_until};
@@ -25,6 +27,13 @@ const END: &str = "@@pando end ";
 /// What the boot loader in the image says when it starts.
 const BOOT_LOADER: &str = "@@pando grub";
 
+/// What Debian's kernel starts instead of systemd.
+const BARE: &str =
+    r#"init=/bin/sh -- -c "sh /sys/firmware/qemu_fw_cfg/by_name/opt/pando/run/raw; echo @@pando end $?; poweroff -ff""#;
+
+/// For each step of a migration; as generous as the limits of guests.
+const MIGRATION_LIMIT: Duration = Duration::from_secs(240);
+
 /// A script that ends with this asks its guest to reboot, and is run again after it.
 pub const REBOOT: u32 = 100;
 
@@ -34,13 +43,16 @@ pub enum Guest {
     Debian,
     /// Debian by way of the firmware and the boot loader and kernel in the image.
     DebianByFirmware,
+    /// Debian's programs on a system that nothing writes to; the script is the first process, in the third of the time. Powers off
+    /// whatever its script ends with.
+    DebianBare,
 }
 
 impl Guest {
     fn memory_mib(self) -> u32 {
         match self {
             Guest::Tiny => 128,
-            Guest::Debian | Guest::DebianByFirmware => 256,
+            Guest::Debian | Guest::DebianByFirmware | Guest::DebianBare => 256,
         }
     }
 
@@ -48,20 +60,72 @@ impl Guest {
     fn limit(self) -> Duration {
         Duration::from_secs(match self {
             Guest::Tiny => 90,
-            Guest::Debian | Guest::DebianByFirmware => 240,
+            Guest::Debian | Guest::DebianByFirmware | Guest::DebianBare => 240,
         })
     }
 }
 
-pub struct Vm {
-    qemu: Process,
+/// What a machine is started with, here and wherever it moves to.
+struct Plan {
+    dir: PathBuf,
     name: String,
-    serial: PathBuf,
+    guest: Guest,
+    cpus: u32,
+    /// Whether a disk's connection that is lost is made again.
+    reconnects: bool,
+}
+
+pub struct Vm {
+    plan: Plan,
+    qemu: Process,
+    /// How often it has moved to another QEMU.
+    moves: usize,
     /// What is written here the guest reads from its serial console.
     input: File,
-    /// From an order of the host's to what comes of it.
-    limit: Duration,
     deadline: Instant,
+}
+
+impl Plan {
+    fn file(&self, what: &str) -> PathBuf {
+        self.dir.join(format!("{}.{what}", self.name))
+    }
+
+    /// What QEMU says, the one to which the machine has moved for the `moves`th time.
+    fn log(&self, moves: usize) -> PathBuf {
+        self.file(&format!("qemu{moves}"))
+    }
+
+    /// Starts QEMU for the machine, with `cpus` queues per disk; for one that comes from elsewhere, with where it listens for it.
+    fn launch(&self, disks: &[&Path], moves: usize, incoming: Option<&Path>) -> Process {
+        let Plan { name, guest, cpus, .. } = self;
+        let (serial, input) = (self.file("serial"), self.file("input"));
+        let mut args = machine(*guest, *cpus);
+        let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        option("-monitor", "stdio".to_owned());
+        // Two write to it for a moment when the machine moves.
+        let console = format!("file,id=console,path={},append=on,input-path={}", serial.display(), input.display());
+        option("-chardev", console);
+        option("-serial", "chardev:console".to_owned());
+        option("-fw_cfg", format!("name=opt/pando/run,file={}", self.file("run").display()));
+        let reconnect = if self.reconnects { ",reconnect=1" } else { "" };
+        for (number, disk) in disks.iter().enumerate() {
+            option("-chardev", format!("socket,id=disk{number},path={}{reconnect}", disk.display()));
+            option("-device", format!("vhost-user-blk-pci,chardev=disk{number},num-queues={cpus}"));
+        }
+        if let Some(path) = incoming {
+            option("-incoming", format!("unix:{}", path.display()));
+        }
+        args.extend(match guest {
+            Guest::Tiny => kernel("tiny", ""),
+            Guest::Debian => kernel("debian", ""),
+            Guest::DebianBare => kernel("debian", BARE),
+            Guest::DebianByFirmware => firmware(&self.file("vars")),
+        });
+        let program = std::env::var("PANDO_QEMU").unwrap_or("qemu-system-x86_64".to_owned());
+        let mut qemu = Process::start(&format!("guest {name}"), program, &args, self.log(moves));
+        qemu.show_on_failure(serial);
+        qemu
+    }
 }
 
 impl Vm {
@@ -73,48 +137,85 @@ impl Vm {
 
     /// The same with whatever listens on these sockets; a connection that is lost is made again.
     pub fn start_on(dir: &Path, name: &str, guest: Guest, cpus: u32, disks: &[&Path], script: &str) -> Self {
-        let run = dir.join(format!("{name}.run"));
-        fs::write(&run, format!("{PRELUDE}{script}")).expect("the test's directory takes files");
-        let serial = dir.join(format!("{name}.serial"));
-        fs::write(&serial, "").expect("the test's directory takes files");
-        let input = dir.join(format!("{name}.input"));
+        let plan = Plan { dir: dir.to_owned(), name: name.to_owned(), guest, cpus, reconnects: true };
+        Self::start_as(plan, disks, script)
+    }
+
+    /// The same, but a connection that is lost stays so.
+    pub fn start_connected_once(
+        dir: &Path,
+        name: &str,
+        guest: Guest,
+        cpus: u32,
+        disks: &[&Path],
+        script: &str,
+    ) -> Self {
+        let plan = Plan { dir: dir.to_owned(), name: name.to_owned(), guest, cpus, reconnects: false };
+        Self::start_as(plan, disks, script)
+    }
+
+    fn start_as(plan: Plan, disks: &[&Path], script: &str) -> Self {
+        fs::write(plan.file("run"), format!("{PRELUDE}{script}")).expect("the test's directory takes files");
+        fs::write(plan.file("serial"), "").expect("the test's directory takes files");
+        let input = plan.file("input");
         let made = Command::new("mkfifo").arg(&input).status().expect("mkfifo starts");
         assert!(made.success(), "mkfifo: {made}");
-
-        let mut args = machine(guest, cpus);
-        let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
-        option("-monitor", "stdio".to_owned());
-        let console = format!("file,id=console,path={},input-path={}", serial.display(), input.display());
-        option("-chardev", console);
-        option("-serial", "chardev:console".to_owned());
-        option("-fw_cfg", format!("name=opt/pando/run,file={}", run.display()));
-        for (number, disk) in disks.iter().enumerate() {
-            option("-chardev", format!("socket,id=disk{number},path={},reconnect=1", disk.display()));
-            option("-device", format!("vhost-user-blk-pci,chardev=disk{number},num-queues={cpus}"));
-        }
-        args.extend(match guest {
-            Guest::Tiny => kernel("tiny"),
-            Guest::Debian => kernel("debian"),
-            Guest::DebianByFirmware => firmware(&dir.join(format!("{name}.vars"))),
-        });
-
-        let program = std::env::var("PANDO_QEMU").unwrap_or("qemu-system-x86_64".to_owned());
-        let log = dir.join(format!("{name}.qemu"));
         // Open at both ends, so that nothing waits for QEMU to open it.
         let input = File::options().read(true).write(true).open(&input).expect("a pipe can be opened");
-        let mut qemu = Process::start(&format!("guest {name}"), program, &args, log);
-        qemu.show_on_failure(serial.clone());
-        let (limit, name) = (guest.limit(), name.to_owned());
-        Self { qemu, name, serial, input, limit, deadline: Instant::now() + limit }
+        let qemu = plan.launch(disks, 0, None);
+        let deadline = Instant::now() + plan.guest.limit();
+        Self { plan, qemu, moves: 0, input, deadline }
+    }
+
+    /// Live migration: the guest goes on in another QEMU, which has its disks from `disks`. Gives how many milliseconds it stood still,
+    /// where QEMU says so.
+    pub fn migrate(&mut self, disks: &[&Path]) -> Option<u64> {
+        // In a short path, because a socket's is limited to 107 bytes.
+        let sockets = TempDir::new().expect("the system's directory takes files");
+        let socket = sockets.path().join("migration");
+        let moves = self.moves + 1;
+        let mut there = self.plan.launch(disks, moves, Some(&socket));
+        wait_until("the other QEMU to wait for its guest", MIGRATION_LIMIT, || {
+            there.assert_running();
+            socket.exists()
+        });
+        self.qemu.tell(&format!("migrate unix:{}", socket.display()));
+        let said = |moves| read(&self.plan.log(moves)).to_lowercase();
+        // In the words of all QEMUs: "Migration status: failed", "Status:   failed".
+        let status = |text: &str, status| text.lines().any(|line| line.contains("status:") && line.ends_with(status));
+        wait_until("the guest to leave", MIGRATION_LIMIT, || {
+            there.assert_running();
+            self.qemu.tell("info migrate");
+            let told = said(self.moves);
+            assert!(!status(&told, "failed"), "{told}");
+            status(&told, "completed")
+        });
+        self.qemu.tell("quit");
+        let ended = self.qemu.wait(MIGRATION_LIMIT);
+        assert!(ended.success(), "QEMU ended with {ended}");
+        wait_until("the guest to go on", MIGRATION_LIMIT, || {
+            there.tell("info status");
+            status(&said(moves), "running")
+        });
+        let told = said(self.moves);
+        (self.qemu, self.moves) = (there, moves);
+        let (_, downtime) = ["\ndowntime: ", ", down="].iter().find_map(|name| told.rsplit_once(name))?;
+        downtime.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    }
+
+    /// Fails the test if the script has ended.
+    pub fn assert_at_work(&mut self) {
+        assert!(!self.said().contains(END), "its script has ended");
+        self.qemu.assert_running();
     }
 
     /// Waits until the guest has said `line` on a line of its own.
     pub fn wait_for(&mut self, line: &str) {
-        let what = format!("guest {} to say {line:?}", self.name);
-        let (qemu, serial) = (&mut self.qemu, &self.serial);
+        let what = format!("guest {} to say {line:?}", self.plan.name);
+        let (qemu, serial) = (&mut self.qemu, self.plan.file("serial"));
         let limit = self.deadline.saturating_duration_since(Instant::now());
         wait_until(&what, limit, || {
-            let all = read(serial);
+            let all = read(&serial);
             let said = all.lines().any(|said| said == line);
             if !said {
                 assert!(!all.contains(END), "its script has ended before");
@@ -136,7 +237,7 @@ impl Vm {
 
     /// How often the boot loader in the image has started.
     pub fn boot_loaders(&self) -> usize {
-        read(&self.serial).matches(BOOT_LOADER).count()
+        self.said().text.matches(BOOT_LOADER).count()
     }
 
     /// Waits until the boot loader in the image has started for the `number`th time.
@@ -147,7 +248,7 @@ impl Vm {
     }
 
     fn wait_over_reboots(&mut self, what: &str, mut done: impl FnMut(&Said) -> bool) {
-        let what = format!("guest {} to {what}", self.name);
+        let what = format!("guest {} to {what}", self.plan.name);
         let limit = self.deadline.saturating_duration_since(Instant::now());
         wait_until(&what, limit, || {
             let said = self.said();
@@ -163,13 +264,13 @@ impl Vm {
     /// Types a line at the guest's serial console. What comes of it has as long as the guest had for its start.
     pub fn order(&mut self, line: &str) {
         writeln!(self.input, "{line}").expect("a pipe takes a line");
-        self.deadline = Instant::now() + self.limit;
+        self.deadline = Instant::now() + self.plan.guest.limit();
     }
 
     /// The reset button.
     pub fn reset(&mut self) {
         self.qemu.tell("system_reset");
-        self.deadline = Instant::now() + self.limit;
+        self.deadline = Instant::now() + self.plan.guest.limit();
     }
 
     /// Stops the whole machine as a user of QEMU does, and lets it go on.
@@ -180,7 +281,7 @@ impl Vm {
     }
 
     fn said(&self) -> Said {
-        Said { name: self.name.clone(), text: read(&self.serial) }
+        Said { name: self.plan.name.clone(), text: read(&self.plan.file("serial")) }
     }
 
     /// SIGKILL: the guest is gone between two instructions, as by a crash of the VMM.
@@ -225,7 +326,8 @@ fn machine(guest: Guest, cpus: u32) -> Vec<String> {
     args.split(' ').map(str::to_owned).collect()
 }
 
-fn kernel(guest: &str) -> Vec<String> {
+/// `more` is added to the kernel's command line.
+fn kernel(guest: &str, more: &str) -> Vec<String> {
     let path = |file: &str| material::file(&format!("{guest}.{file}")).display().to_string();
     vec![
         "-kernel".to_owned(),
@@ -233,7 +335,7 @@ fn kernel(guest: &str) -> Vec<String> {
         "-initrd".to_owned(),
         path("initrd"),
         "-append".to_owned(),
-        "console=ttyS0 quiet panic=-1 root=/dev/vda2 ro".to_owned(),
+        format!("console=ttyS0 quiet panic=-1 root=/dev/vda2 ro {more}"),
     ]
 }
 
