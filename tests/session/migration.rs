@@ -76,7 +76,7 @@ fn pages(guest: &Guest) -> Vec<(u64, Vec<u8>)> {
 #[test]
 fn exactly_what_a_request_writes_is_noted() {
     let disk = Disk::new(DISK_BYTES);
-    let backend = disk.serve();
+    let backend = disk.serve_with(&["--poll-us", "0"]);
     let mut client = Client::start(&backend, &Profile { request_bytes: 64 << 10, ..Profile::qemu().answered() });
     let log = Log::new();
     client.queues[0].write(0, &[1; SECTOR]);
@@ -125,7 +125,8 @@ fn changed(before: &[(u64, Vec<u8>)], after: &[(u64, Vec<u8>)]) -> HashSet<u64> 
 #[test]
 fn what_is_written_is_noted_whoever_dies() {
     let disk = Disk::new(DISK_BYTES);
-    let backend = disk.serve();
+    // A queue that polls serves what is prepared before it is kicked, and so before the pages are looked at.
+    let backend = disk.serve_with(&["--poll-us", "0"]);
     let mut client = Client::start(&backend, &profile().answered());
     let log = Log::new();
     log.begin(&mut client);
