@@ -363,11 +363,12 @@ impl<'k> Keeper<'k> {
         let woken = self.service().wait(other, timeout_ms)?;
         let mut failed = None;
         if let Rest::Grow { bytes } = woken.rest {
-            let grown = match session() {
+            let (grown, resumed) = match session() {
                 Some(mut session) => session.grow(bytes),
-                None => self.service().grow(bytes),
+                None => (self.service().grow(bytes), Ok(())),
             };
             self.service().answer_growth(grown);
+            failed = resumed.err().map(|error| describe(&error));
         } else if let Rest::Upgrade { program } = &woken.rest {
             let error = self.upgrade(program, session().as_deref())?;
             self.service().answer_upgrade(Err(&error));

@@ -3,15 +3,19 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
+use pando::vhost_user::control::{Command, Reply};
 use rustix::fs::MemfdFlags;
+use rustix::process::Signal;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 
 use super::client::{Client, LOG_ALL, Profile, check_served};
 use super::guest::{Guest, memfd};
-use super::harness::{Disk, PATIENCE, SECTOR, image_bytes, text};
+use super::harness::{Disk, PATIENCE, SECTOR, image_bytes, send, text};
+use super::managed::{Managed, Volume, manner};
 use super::queue::{DISCARD, GET_ID, IN, IOERR, NO_STATUS, OK, OUT, Queue, WRITE_ZEROES, header, range_bytes};
 use super::ring::{Buffer, Event};
 use super::target::Target;
@@ -375,6 +379,33 @@ fn a_ring_in_memory_that_was_gone_already_is_not_started() {
         target.check("a ring in memory that was gone");
         target.same_worker(worker);
     }
+}
+
+#[test]
+fn a_volume_grows_though_its_guest_has_spoilt_its_memory() {
+    let disk = Disk::new(DISK_BYTES);
+    let volume = Volume::cow("one", &disk.base(), &disk.delta(), false);
+    let Managed { backend, mut watcher, .. } = Managed::serve(&disk, &volume, manner());
+    let mark = backend.log().mark();
+    let client = Client::start(&backend, &Profile::qemu());
+    client.guest.file_of(0).set_len(0).expect("the memfd shrinks");
+    // It dies at the order to stop the rings, and no other can take them over.
+    let worker = backend.worker();
+    send(worker, Signal::STOP);
+    let bytes = 2 * DISK_BYTES as u64;
+    watcher.controller.send(&Command::Grow { bytes }, &[]).expect("the keeper listens");
+    std::thread::sleep(Duration::from_millis(100));
+    send(worker, Signal::KILL);
+    match watcher.answer().0 {
+        Reply::Done => {}
+        reply => panic!("{reply:?}"),
+    }
+    backend.log().expect_after(mark, &["the connection is ended", "ends behind its file"]);
+    drop(client);
+    let mut client = Client::start(&backend, &Profile::qemu());
+    assert_eq!(client.capacity(), bytes / SECTOR as u64);
+    client.queues[0].write(1, &[7; SECTOR]);
+    assert_eq!(client.queues[0].read(1, SECTOR), [7; SECTOR]);
 }
 
 /// All of guest memory at once, while it is used.

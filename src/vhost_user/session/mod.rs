@@ -26,7 +26,7 @@ use crate::vhost_user::handover::{HandoverError, Keeping, Kept, RingState, Sessi
 use crate::vhost_user::inflight::{InflightError, RegionShape};
 use crate::vhost_user::order::{LogPlace, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
 use crate::vhost_user::ring::RingPlace;
-use crate::vhost_user::service::{Service, WorkerError, chain_of};
+use crate::vhost_user::service::{Service, WorkerError};
 use crate::vhost_user::state::{DeviceState, StateError};
 
 type Result<T> = std::result::Result<T, ProtocolError>;
@@ -390,10 +390,7 @@ impl<'k> Session<'k> {
     /// Stops all rings and forgets the guest's memory.
     pub fn end(&mut self) -> std::result::Result<(), WorkerError> {
         // First the one and then the other: what is in flight needs the memory, whoever completes it.
-        let running = self.running();
-        let rings = running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect();
-        self.ask(SessionOrder { rings, ..self.order() }, &[])?;
-        running.into_iter().for_each(|index| self.rings[index].runs = false);
+        self.stop_all(&self.running())?;
         self.regions.clear();
         self.features = 0;
         self.ask(SessionOrder { memory: Some(Vec::new()), ..self.order() }, &[]).map(drop)
@@ -434,6 +431,15 @@ impl<'k> Session<'k> {
         let order = SessionOrder { rings: vec![RingOrder { index: index as u16, run: None }], ..self.order() };
         let stopped = self.ask(order, &[]).map_err(Refusal::from)?;
         self.rings[index].runs = false;
+        stopped.iter().for_each(|stop| self.rings[usize::from(stop.index)].stopped(stop));
+        Ok(())
+    }
+
+    /// Stops these rings, all of which run.
+    fn stop_all(&mut self, running: &[usize]) -> std::result::Result<(), WorkerError> {
+        let rings = running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect();
+        let stopped = self.ask(SessionOrder { rings, ..self.order() }, &[])?;
+        running.iter().for_each(|index| self.rings[*index].runs = false);
         stopped.iter().for_each(|stop| self.rings[usize::from(stop.index)].stopped(stop));
         Ok(())
     }
@@ -505,28 +511,20 @@ impl<'k> Session<'k> {
         Ok(())
     }
 
-    /// Makes the volume larger under a guest that may be running: its rings stop, and go on where they were.
-    pub fn grow(&mut self, bytes: u64) -> std::result::Result<(), WorkerError> {
+    /// Makes the volume larger under a guest that may be running: its rings stop, and go on where they were. Whether it is larger, and whether they go on.
+    pub fn grow(&mut self, bytes: u64) -> (std::result::Result<(), WorkerError>, Result<()>) {
         let running = self.running();
-        let order = SessionOrder {
-            rings: running.iter().map(|index| RingOrder { index: *index as u16, run: None }).collect(),
-            ..self.order()
-        };
-        for stop in self.ask(order, &[])? {
-            self.rings[usize::from(stop.index)].stopped(&stop);
-        }
-        running.iter().for_each(|index| self.rings[*index].runs = false);
+        let stopped = self.stop_all(&running).map_err(|error| Refusal::from(error).into());
         let before = self.service().device().description().bytes;
+        // Also if they could not be stopped: what a front end has done to its memory does not keep a volume small.
         let grown = self.service().grow(bytes);
-        let resumed = self.tell_memory().and_then(|()| running.into_iter().try_for_each(|index| self.start(index)));
-        if let Err(error) = resumed {
-            // The front end's own fault, and it finds its rings stopped; what it says next is answered.
-            log::error!("the rings do not go on after the volume has grown: {}", chain_of(&error));
-        }
+        let resumed = stopped
+            .and_then(|()| self.tell_memory())
+            .and_then(|()| running.into_iter().try_for_each(|index| self.start(index)));
         if self.service().device().description().bytes != before {
             self.tell_config_change();
         }
-        grown
+        (grown, resumed)
     }
 
     /// What another backend needs to know to go on where this one is.

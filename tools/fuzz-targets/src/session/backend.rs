@@ -249,18 +249,15 @@ impl Backend {
         }
     }
 
-    /// Has the volume become larger, or not; whether it is.
-    pub fn grow(&mut self, sectors: u64) -> bool {
+    /// Has the volume become larger, or not; why not.
+    pub fn grow(&mut self, sectors: u64) -> Result<(), String> {
         let bytes = sectors.saturating_mul(SECTOR as u64);
         match self.command(&Command::Grow { bytes }, None) {
             Reply::Done => {
                 self.served.disk.grow(sectors);
-                true
+                Ok(())
             }
-            Reply::Failed(reason) => {
-                assert!(!reason.is_empty());
-                false
-            }
+            Reply::Failed(reason) => Err(reason),
             other => panic!("{other:?}"),
         }
     }
