@@ -158,7 +158,14 @@ fn carry_out(worker: &mut Option<Worker>, order: Order, descriptors: Descriptors
             Ok(Answer::Opened(opened))
         }
         (_, Order::Hello) => Ok(Answer::Done(Vec::new())),
-        (Some(worker), Order::Become(order)) => worker.become_as(order, descriptors).map(Answer::Done),
+        (Some(worker), Order::Become(order)) => match worker.become_as(order, descriptors) {
+            Ok(stopped) => Ok(Answer::Done(stopped)),
+            Err(error) => {
+                // The guest is not served in part: whoever gave the order takes it that no ring runs.
+                worker.stop_all()?;
+                Err(error)
+            }
+        },
         (Some(worker), Order::Look(places)) => {
             Ok(Answer::Looked(places.iter().map(|place| ring::used_index(&worker.memory, place)).collect()))
         }
@@ -252,7 +259,7 @@ impl Worker {
         Ok((opened, worker))
     }
 
-    /// Becomes what the order says; the positions of the rings that it stops.
+    /// Becomes what the order says; the positions of the rings that it stops. In part, if that fails.
     fn become_as(&mut self, order: SessionOrder, mut descriptors: Descriptors) -> Result<Vec<RingStop>, WorkerError> {
         let mut regions = Vec::new();
         for place in order.memory.iter().flatten() {
@@ -370,10 +377,15 @@ impl Worker {
         Ok(memory.area(at, len, 8))
     }
 
-    fn close(&mut self) -> Result<(), WorkerError> {
+    fn stop_all(&mut self) -> Result<(), WorkerError> {
         for (index, ring) in std::mem::take(&mut self.rings) {
             ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
         }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), WorkerError> {
+        self.stop_all()?;
         self.volume.close().map_err(WorkerError::Close)
     }
 }

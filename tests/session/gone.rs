@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use pando::vhost_user::control::{Command, Reply};
@@ -315,7 +316,7 @@ const BOOK_BYTES: u64 = 64 << 10;
 /// Has the backend keep account of requests in memory that can be taken away.
 fn offer_account(client: &mut Client) -> File {
     let file = memfd(BOOK_BYTES, MemfdFlags::empty()).expect("memory");
-    let (num_queues, queue_size) = (1, client.profile.ring_size);
+    let (num_queues, queue_size) = (client.queues.len() as u16, client.profile.ring_size);
     let inflight = VhostUserInflight { mmap_size: BOOK_BYTES, mmap_offset: 0, num_queues, queue_size };
     client.front_end.set_inflight_fd(&inflight, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
     file
@@ -406,6 +407,34 @@ fn a_volume_grows_though_its_guest_has_spoilt_its_memory() {
     assert_eq!(client.capacity(), bytes / SECTOR as u64);
     client.queues[0].write(1, &[7; SECTOR]);
     assert_eq!(client.queues[0].read(1, SECTOR), [7; SECTOR]);
+}
+
+#[test]
+fn a_session_that_ends_as_its_worker_dies_leaves_no_ring_behind() {
+    let mut target = Target::new();
+    let mark = target.backend.log().mark();
+    let mut client = Client::negotiate(target.backend.connect(), &Profile::qemu().queues(2).answered(), Guest::new());
+    let account = offer_account(&mut client);
+    client.tell_memory();
+    for index in [0, 1] {
+        client.set_up(index, 0);
+        client.enable(index, true);
+    }
+    // The second ring's account is spoilt, so no successor can serve all that the last one did.
+    let slot_bytes = (16 + u64::from(client.profile.ring_size) * 16).next_multiple_of(64);
+    account.write_all_at(&[0xff; 2], slot_bytes + 8).expect("the front end has it too");
+    let worker = target.backend.worker();
+    send(worker, Signal::STOP);
+    let Client { front_end, mut queues, guest, .. } = client;
+    drop(front_end);
+    std::thread::sleep(Duration::from_millis(100));
+    send(worker, Signal::KILL);
+    target.backend.log().expect_after(mark, &["the connection is ended", "version 65535"]);
+    queues[0].submit(IN, 0, &[], SECTOR);
+    queues[0].ring.kick_anyway();
+    target.check("a session that ends as its worker dies");
+    assert_eq!(queues[0].ring.used_index(), 0, "a ring of a session that has ended is served");
+    drop(guest);
 }
 
 /// All of guest memory at once, while it is used.

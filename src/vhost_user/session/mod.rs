@@ -390,10 +390,13 @@ impl<'k> Session<'k> {
     /// Stops all rings and forgets the guest's memory.
     pub fn end(&mut self) -> std::result::Result<(), WorkerError> {
         // First the one and then the other: what is in flight needs the memory, whoever completes it.
-        self.stop_all(&self.running())?;
+        let stopped = self.stop_all(&self.running());
+        // A worker that refuses, having taken over from one that died of the order, runs none either.
+        self.rings.iter_mut().for_each(|ring| ring.runs = false);
         self.regions.clear();
         self.features = 0;
-        self.ask(SessionOrder { memory: Some(Vec::new()), ..self.order() }, &[]).map(drop)
+        self.ask(SessionOrder { memory: Some(Vec::new()), ..self.order() }, &[])?;
+        stopped
     }
 
     fn running(&self) -> Vec<usize> {
