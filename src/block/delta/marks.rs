@@ -46,6 +46,9 @@ pub const CLUSTERS_MAX: u64 = super::layout::CLUSTERS_PER_STRETCH;
 /// No session starts further than this, so that counting never overflows.
 pub const GENERATION_MAX: u64 = 1 << 62;
 
+/// No session has counted further than this that another one goes on from: what that one counts is still believed.
+pub const GENERATION_TAKEN_OVER_MAX: u64 = GENERATION_MAX + (1 << 61);
+
 /// A run of clusters with a new state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {

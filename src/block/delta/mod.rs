@@ -112,17 +112,21 @@ impl<S: Storage> Delta<S> {
         let found = open::read_session(&storage, &label)?;
         let boot = process::boot_id().map_err(io("find the boot id for", SESSION_AT))?;
         let map = Map::new(layout).map_err(io("make room in memory for the map of", 0))?;
-        let generation_fault = |found| OpenError::Header {
+        let generation_fault = |field, found, expected| OpenError::Header {
             file: label.clone(),
-            fault: HeaderFault::Field { field: "generation", found, expected: "at most 2^62" },
+            fault: HeaderFault::Field { field, found, expected },
         };
+        let session_fault = |found| generation_fault("generation", found, "at most 2^62");
         if found.generation > marks::GENERATION_MAX {
-            return Err(generation_fault(found.generation));
+            return Err(session_fault(found.generation));
         }
         let died = found.phase == Phase::Open && found.boot == boot;
         let (session, log, other_half_free) = if died {
             let replay = marks::replay(&storage, found.generation, layout.cluster_count())
                 .map_err(io("read the mark log of", layout::LOG_START))?;
+            if replay.log.generation() > marks::GENERATION_TAKEN_OVER_MAX {
+                return Err(generation_fault("generation of the log", replay.log.generation(), "at most 2^62 + 2^61"));
+            }
             apply(&map, &replay.marks, &storage, &label)?;
             log::info!(
                 "{label}: the last session was not closed; took over its mark log with {} entries",
@@ -136,7 +140,7 @@ impl<S: Storage> Delta<S> {
             let highest = marks::highest_generation(&storage, layout.cluster_count())
                 .map_err(io("read the mark log of", layout::LOG_START))?;
             let highest = found.generation.max(highest);
-            let generation = marks::generation_above(highest).ok_or_else(|| generation_fault(highest))?;
+            let generation = marks::generation_above(highest).ok_or_else(|| session_fault(highest))?;
             (Session { phase: Phase::Open, boot, generation }, MarkLog::new(generation), true)
         };
         let delta = Delta {
@@ -485,6 +489,47 @@ mod tests {
         for index in 0..count {
             delta.load(index * 2).unwrap();
             assert_eq!(delta.state(index * 2), State::Delta, "survives the death of the process");
+        }
+    }
+
+    /// A file can hold a log that has counted as far as entries are believed. The next turn must not put entries behind that.
+    #[test]
+    fn a_log_without_room_to_count_is_refused() {
+        let layout = Layout::new(ClusterSize::DEFAULT, 1 << 20).unwrap();
+        let header = Header { layout, uuid: [0; 16], base: None };
+        let file = tempfile::tempfile().unwrap();
+        let storage = || FileStorage::new(file.try_clone().unwrap()).unwrap();
+        let start = || Delta::start(storage(), "test".into(), header.clone(), Lifetime::Persistent);
+        for (generation, is_taken) in
+            [(7, true), (2 * marks::GENERATION_MAX - 2, false), (2 * marks::GENERATION_MAX, false)]
+        {
+            file.set_len(0).unwrap();
+            file.set_len(layout.file_bytes()).unwrap();
+            format(&storage(), &header).unwrap();
+            let session = Session { phase: Phase::Open, boot: process::boot_id().unwrap(), generation: 3 };
+            storage().write_at(&[Readable::from_slice(&session.encode())], SESSION_AT).unwrap();
+            let entry = [Mark { first: 0, count: 1, zero: true }];
+            MarkLog::new(generation).append(&entry, &storage()).unwrap();
+            let Ok(delta) = start() else {
+                assert!(!is_taken, "a log of generation {generation} is refused");
+                continue;
+            };
+            // Each flush turns the log.
+            for cluster in 1..8 {
+                let mut marks = Marks::default();
+                delta.load(cluster).unwrap();
+                delta.mark(cluster, &mut marks);
+                delta.commit(&mut marks).unwrap();
+                delta.flush().unwrap();
+            }
+            let mut marks = Marks::default();
+            delta.mark(9, &mut marks);
+            delta.commit(&mut marks).unwrap();
+            drop(delta);
+            let delta = start().unwrap();
+            delta.load(9).unwrap();
+            assert_eq!(delta.state(9), State::Delta, "a mark behind a log of generation {generation} is gone");
+            assert!(is_taken, "a log of generation {generation} is taken over");
         }
     }
 }
