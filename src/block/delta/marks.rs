@@ -8,7 +8,7 @@
 //! By system call and not through a mapping, so that a full disk or a failing one is an error code. One write takes the
 //! marks of a whole batch of requests.
 //!
-//! The log has two halves. A half is a sequence of entries, all of one generation, from its start:
+//! The log has two halves. A half is a sequence of entries, all of one generation, from its start, and ends with the first that is none:
 //!
 //! | field | bytes | meaning |
 //! |---|---|---|
@@ -107,7 +107,7 @@ impl MarkLog {
 
     /// Writes `marks` behind what is there. They are in the log when this returns, and not at all when it fails.
     pub fn append(&mut self, marks: &[Mark], storage: &impl Storage) -> Result<(), AppendError> {
-        let mut bytes = Vec::with_capacity(ENTRY_HEAD_BYTES + marks.len() * MARK_BYTES);
+        let mut bytes = Vec::with_capacity(2 * ENTRY_HEAD_BYTES + marks.len() * MARK_BYTES);
         for marks in marks.chunks(MARKS_PER_ENTRY_MAX) {
             let start = bytes.len();
             bytes.extend_from_slice(&[0; 4]);
@@ -124,11 +124,14 @@ impl MarkLog {
         if bytes.len() as u64 > LOG_HALF_BYTES - self.used {
             return Err(AppendError::Full);
         }
+        let used = self.used + bytes.len() as u64;
+        // Without marks, which no entry is: here it ends, whatever the file holds behind it.
+        bytes.resize(bytes.len() + ENTRY_HEAD_BYTES.min((LOG_HALF_BYTES - used) as usize), 0);
         let offset = half_start(self.half) + self.used;
         storage
             .write_at(&[Readable::from_slice(&bytes)], offset)
             .map_err(|source| AppendError::Io { offset, source })?;
-        self.used += bytes.len() as u64;
+        self.used = used;
         Ok(())
     }
 
@@ -345,5 +348,25 @@ mod tests {
         assert!(reads < 100, "{reads} reads for {} marks", written.len());
         assert!(super::replay(&storage, 8, 1 << 40).unwrap().marks.is_empty());
         assert_eq!(storage.1.load(Ordering::Relaxed), 2);
+    }
+
+    /// A file can hold entries of the generation that is written, where nobody has been yet.
+    #[test]
+    fn a_log_ends_where_it_was_last_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LOG_START + 2 * LOG_HALF_BYTES).unwrap();
+        let storage = FileStorage::new(file).unwrap();
+        let mark = |first| Mark { first, count: 1, zero: true };
+        let mut lies = MarkLog::new(6);
+        (0..4).for_each(|number| lies.append(&[mark(number)], &storage).unwrap());
+        storage.write_at(&[Readable::from_slice(&[0xff; 4])], half_start(0)).unwrap();
+        let Replay { marks, mut log, .. } = replay(&storage, 6, 1 << 40).unwrap();
+        assert_eq!(marks, []);
+        for number in 10..12 {
+            log.append(&[mark(number)], &storage).unwrap();
+            let replay = replay(&storage, 6, 1 << 40).unwrap();
+            assert_eq!(replay.marks, (10..=number).map(mark).collect::<Vec<_>>());
+            assert_eq!(replay.log, log);
+        }
     }
 }
