@@ -74,6 +74,40 @@ pub fn check_all(disk: &Disk, mut backend: Backend, client: Client, storms: &mut
     assert!(contents(disk) == model, "the files do not hold what was written");
 }
 
+/// Who kills workers, and lets one get further in between: too many that get nowhere would be held, and on a busy machine any may.
+struct Killer<'b> {
+    backend: &'b Backend,
+    guest: Arc<Guest>,
+    /// Where the used indexes of all rings lie: what a driver has seen of them may be older than the worker.
+    indexes: Vec<u64>,
+    /// What they were at the last strike, and how many strikes in a row have found them so.
+    before: Vec<u16>,
+    in_vain: u32,
+}
+
+impl Killer<'_> {
+    fn of<'b>(backend: &'b Backend, storms: &[Storm]) -> Killer<'b> {
+        let indexes = storms.iter().map(|storm| storm.queue.ring.used + 2).collect();
+        Killer { backend, guest: Arc::clone(storms[0].queue.guest()), indexes, before: Vec::new(), in_vain: 0 }
+    }
+
+    /// Kills the worker, if there is one that may be killed. Whether there was.
+    fn strike(&mut self) -> bool {
+        assert!(is_alive(self.backend.keeper()), "the keeper is dead");
+        let is_in_vain = self.used() == self.before;
+        if is_in_vain && self.in_vain >= 2 || !kill_worker(self.backend) {
+            return false;
+        }
+        // Not as they were at first: what was completed until now is none of the next one's.
+        (self.before, self.in_vain) = (self.used(), if is_in_vain { self.in_vain + 1 } else { 0 });
+        true
+    }
+
+    fn used(&self) -> Vec<u16> {
+        self.indexes.iter().map(|index| self.guest.load(*index)).collect()
+    }
+}
+
 #[test]
 fn five_hundred_killed_workers_are_never_noticed() {
     let disk = Disk::new(DISK_BYTES);
@@ -81,18 +115,12 @@ fn five_hundred_killed_workers_are_never_noticed() {
     let mut client = Client::start(&backend, &profile());
     let mut storms = storms(&mut client, &disk.contents, 1);
     let mut rng = SmallRng::seed_from_u64(500);
-    let progress: Vec<_> = storms.iter().map(|storm| Arc::clone(&storm.progress)).collect();
-    let progress = || progress.iter().map(|completed| completed.load(Ordering::Relaxed)).sum::<u64>();
+    let mut killer = Killer::of(&backend, &storms);
     let killed = work(&mut storms, || {
-        let (mut killed, mut in_vain, mut before) = (0, 0, 0);
+        let mut killed = 0;
         while killed < 500 {
-            assert!(is_alive(backend.keeper()), "the keeper is dead");
             std::thread::sleep(Duration::from_micros(rng.random_range(0..120_000)));
-            // A worker that gets nowhere may be killed too; too many of them in a row would be held.
-            let is_in_vain = progress() == before;
-            if (!is_in_vain || in_vain < 2) && kill_worker(&backend) {
-                (killed, in_vain, before) = (killed + 1, if is_in_vain { in_vain + 1 } else { 0 }, progress());
-            }
+            killed += usize::from(killer.strike());
         }
         killed
     });
@@ -110,15 +138,26 @@ fn an_ephemeral_volume_survives_its_worker() {
     let backend = disk.serve_as(&[&format!("--ephemeral={}", text(&directory))]);
     let mut client = Client::start(&backend, &profile());
     let mut storms = storms(&mut client, &disk.contents, 2);
+    let mut killer = Killer::of(&backend, &storms);
     work(&mut storms, || {
-        for _ in 0..20 {
+        let mut killed = 0;
+        while killed < 20 {
             std::thread::sleep(Duration::from_millis(30));
-            kill_worker(&backend);
+            killed += usize::from(killer.strike());
         }
     });
     let model = Storm::merge(&storms);
     for at in (0..model.len()).step_by(32 << 10) {
         assert!(storms[0].queue.read((at / SECTOR) as u64, 32 << 10) == model[at..at + (32 << 10)], "at byte {at}");
+    }
+}
+
+/// Sets a flag when it is dropped, also by a panic: whoever waits for the flag in another thread would be waited for.
+struct Sets<'f>(&'f AtomicBool);
+
+impl Drop for Sets<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -132,9 +171,12 @@ fn messages_that_wait_for_a_worker_that_dies_are_answered() {
     let ended = AtomicBool::new(false);
     let (mut rng, mut told) = (SmallRng::seed_from_u64(3), 0);
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let _ends = Sets(&ended);
+        let mut killer = Killer::of(&backend, &storms);
+        let ended = &ended;
+        scope.spawn(move || {
             while !ended.load(Ordering::Acquire) {
-                kill_worker(&backend);
+                killer.strike();
                 std::thread::sleep(Duration::from_millis(25));
             }
         });
@@ -164,7 +206,6 @@ fn messages_that_wait_for_a_worker_that_dies_are_answered() {
             }
             told += 1;
         }
-        ended.store(true, Ordering::Release);
     });
     assert_eq!(told, 150);
     check_all(&disk, backend, client, &mut storms);
