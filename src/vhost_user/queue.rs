@@ -246,8 +246,10 @@ impl Queue {
                 self.vitals.end(self.index);
                 idle_since = Some(shown);
                 result?;
-            } else if !self.poll(idle_since, stop)? && !self.resume_kicks() {
-                epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
+            } else if !self.poll(idle_since, stop)? {
+                if !self.resume_kicks() {
+                    epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
+                }
                 self.suspend_kicks();
             }
         }
