@@ -104,8 +104,10 @@ pub fn give_up_all_but<'c>(calls: impl Iterator<Item = &'c Call>) -> Result<(), 
 /// As [`give_up_all_but`], in a process with one thread. Gives a descriptor, if the kernel has it, that can be waited for in any process: it hangs up when
 /// none of this process's threads will ever make a system call or run an instruction again.
 ///
-/// From Linux 6.11 on that is at once when it dies. Its other descriptors are closed, and it can be waited for, only when its memory is unmapped, which
-/// takes a tenth of a second for each gibibyte of small pages.
+/// From Linux 6.11 on (and 6.10.10) that is when it dies: each thread lets go of the filter in `do_exit`, behind its last system call, however long that took,
+/// and ahead of its memory and its descriptors. Those are closed, and it can be waited for, only when its memory is unmapped, which takes a tenth of a
+/// second for each gibibyte of small pages. Older kernels let go of the filter when it has been waited for, and before 5.9 the descriptor never hangs up: whoever
+/// waits for it has to learn of the death in another way as well.
 pub fn give_up_all_but_watched<'c>(calls: impl Iterator<Item = &'c Call>) -> Result<Option<OwnedFd>, SandboxError> {
     let [first, second] = filters(calls)?;
     apply_filter_all_threads(&first)?;
