@@ -122,35 +122,45 @@ impl Running {
         const PATIENCE: Duration = Duration::from_millis(200);
         let ends = Instant::now() + PATIENCE;
         let mut pause = Duration::from_micros(50);
+        let mut process = self;
         loop {
-            let mut status = 0;
-            // SAFETY: `status` is ours.
-            let found = unsafe { libc::waitpid(self.process.cast_signed(), &raw mut status, libc::WNOHANG) };
-            if found == self.process.cast_signed() {
-                return Ok(ExitStatus::from_raw(status));
-            }
+            process = match process.wait_no_longer() {
+                Ok(status) => return status,
+                Err(process) => process,
+            };
             if Instant::now() > ends {
-                self.kill();
-                return self.wait();
+                process.kill();
+                return process.wait();
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(5));
         }
     }
 
+    /// How it ended, or it as it was when it has not.
+    pub fn wait_no_longer(self) -> Result<io::Result<ExitStatus>, Running> {
+        self.wait_as(libc::WNOHANG).transpose().ok_or(self)
+    }
+
     /// Waits for its end.
     pub fn wait(self) -> io::Result<ExitStatus> {
-        let mut status = 0;
         loop {
-            // SAFETY: `status` is ours.
-            let found = unsafe { libc::waitpid(self.process.cast_signed(), &raw mut status, 0) };
-            if found == self.process.cast_signed() {
-                return Ok(ExitStatus::from_raw(status));
+            if let Some(status) = self.wait_as(0)? {
+                return Ok(status);
             }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
+        }
+    }
+
+    fn wait_as(&self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+        let mut status = 0;
+        // SAFETY: `status` is ours.
+        match unsafe { libc::waitpid(self.process.cast_signed(), &raw mut status, options) } {
+            -1 => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+                error => Err(error),
+            },
+            0 => Ok(None),
+            _ => Ok(Some(ExitStatus::from_raw(status))),
         }
     }
 }

@@ -142,7 +142,7 @@ pub fn resume(signals: &StopSignals) -> Result<(), KeeperError> {
     let mut keeper = Keeper { service: &service, endpoint, stream: None };
     let Some(session) = state.session else {
         let upgraded = keeper.service().prepare_successor();
-        let upgraded = upgraded.and_then(|successor| keeper.service().succeed(successor)).map(drop);
+        let upgraded = upgraded.and_then(|successor| keeper.service().succeed(successor));
         keeper.answer_upgrade(upgraded)?;
         return keeper.serve();
     };
@@ -336,7 +336,8 @@ impl<'k> Keeper<'k> {
             (Some(session), Some(stream)) => Some(session.freeze(stream.as_ref(), &mut keeping)),
             _ => None,
         };
-        let service = self.service();
+        let mut service = self.service();
+        service.bury()?;
         let state = State {
             sandbox: sandbox::is_closed(),
             log_level: log::max_level() as u8,
@@ -375,10 +376,7 @@ impl<'k> Keeper<'k> {
         } else if woken.worker_gone && !woken.stop {
             let revived = match session() {
                 Some(session) => session.revive(),
-                None => {
-                    let replaced = self.service().replace_dead();
-                    self.service().bury().and(replaced)
-                }
+                None => self.service().replace_dead(),
             };
             match revived {
                 Ok(()) | Err(WorkerError::Stopped) => {}

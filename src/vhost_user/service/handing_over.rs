@@ -15,6 +15,7 @@ use crate::vhost_user::order::Opened;
 use crate::vhost_user::vitals::Watch;
 
 use super::deaths::Deaths;
+use super::leaving::AllLeaving;
 use super::space::Space;
 use super::worker_process::Worker;
 use super::{Inflight, Management, Service};
@@ -68,7 +69,7 @@ impl Service {
             Some((process, conversation)) => Some(Worker {
                 conversation: Conversation::over(conversation.take()?.into(), "worker"),
                 process: Running::from_number(process),
-                // Another one takes its place at once.
+                // Another one takes its place at once. If none can, the end of the conversation tells of its end.
                 watch: None,
             }),
             None => None,
@@ -103,7 +104,7 @@ impl Service {
             worker,
             elsewhere: state.elsewhere,
             watch: Watch::over(vitals, offer.queues).map_err(system("map the signs of life"))?,
-            dying: Vec::new(),
+            leaving: AllLeaving::default(),
             deaths: Deaths::none(),
             latch_told: state.latch_told,
             space: Space::unknown(),

@@ -7,6 +7,7 @@
 
 mod deaths;
 mod handing_over;
+mod leaving;
 mod space;
 mod worker_process;
 
@@ -30,12 +31,15 @@ use crate::vhost_user::sandbox;
 use crate::vhost_user::vitals::{self, Watch};
 
 use deaths::Deaths;
+use leaving::{AllLeaving, End, Why};
 use space::Space;
 pub use worker_process::WorkerError;
-use worker_process::{Leaving, Unclosed, Worker};
+use worker_process::{Unclosed, Worker};
 
 /// How long to wait for another backend to leave a delta whose guest is here by now.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
+/// How often to see whether those that do nothing more are gone.
+const BURY_INTERVAL_MS: i32 = 20;
 
 /// What a volume is, as far as its delta's header says.
 fn describe(delta: &AttachedDelta, serial: Option<[u8; SERIAL_BYTES]>) -> Result<Opened, WorkerError> {
@@ -65,8 +69,7 @@ pub struct Service {
     /// The guest is with another backend, and so is the delta's lock.
     elsewhere: bool,
     watch: Watch,
-    /// Those that have died and are still to be waited for.
-    dying: Vec<Leaving>,
+    leaving: AllLeaving,
     deaths: Deaths,
     latch_told: bool,
     space: Space,
@@ -134,7 +137,7 @@ impl Service {
             elsewhere: worker.is_none(),
             worker,
             watch,
-            dying: Vec::new(),
+            leaving: AllLeaving::default(),
             deaths: Deaths::none(),
             latch_told: false,
             space: Space::unknown(),
@@ -187,20 +190,17 @@ impl Service {
     /// Waits until something can be read from `other` or there is something else to do, at most so long; -1: without limit. What a
     /// controller says is done, but for the rest.
     pub fn wait(&mut self, other: Option<BorrowedFd<'_>>, timeout_ms: i32) -> Result<Woken, WorkerError> {
+        let gone = self.leaving.take_gone();
+        self.tell_ends(gone)?;
         let [listener, controller] = self.management.controllers.descriptors();
         let worker = self.worker.as_ref().map(|worker| worker.conversation.as_fd());
         let still = self.worker.as_ref().and_then(|worker| worker.watch.as_ref()).map(AsFd::as_fd);
         let [_, wake] = self.watch.files();
         let signals = Some(self.management.signals.as_fd());
         let watched = [signals, worker, still, Some(wake.as_fd()), listener, controller, other];
-        let watch_ms = self.watch.timeout_ms();
-        let timeout_ms = if timeout_ms < 0 {
-            watch_ms
-        } else if watch_ms < 0 {
-            timeout_ms
-        } else {
-            timeout_ms.min(watch_ms)
-        };
+        let bury_ms = if self.leaving.is_empty() { -1 } else { BURY_INTERVAL_MS };
+        let timeouts_ms = [timeout_ms, self.watch.timeout_ms(), bury_ms];
+        let timeout_ms = timeouts_ms.into_iter().filter(|limit_ms| *limit_ms >= 0).min().unwrap_or(-1);
         let [stop, worker_gone, worker_still, wake, connects, says, other] =
             socket::wait_readable(watched, timeout_ms).map_err(WorkerError::Wait)?;
         if wake {
@@ -467,15 +467,16 @@ impl Service {
         }
     }
 
-    /// Has a worker take the place of the one that serves, whose rings have stopped. It has to be told how the guest's side stands; the last one is
-    /// to be waited for afterwards.
-    pub fn succeed(&mut self, successor: Successor) -> Result<Option<Leaving>, WorkerError> {
+    /// Has a worker take the place of the one that serves, whose rings have stopped. It has to be told how the guest's side stands.
+    pub fn succeed(&mut self, successor: Successor) -> Result<(), WorkerError> {
         if self.elsewhere {
             // There is nothing to serve yet.
-            return successor.0.end().map(|_| None);
+            return successor.0.end().map(drop);
         }
         // Nothing is made durable that was not: its successor has the same page cache.
-        let last = self.worker.take().map(Worker::leave);
+        if let Some(last) = self.worker.take() {
+            self.leaving.add(last.leave(Why::Replaced));
+        }
         match successor.0.open(&self.part, &self.offer, &self.counters, &mut self.watch) {
             Ok((worker, opened)) => {
                 self.deaths.taken_over = Instant::now();
@@ -489,14 +490,14 @@ impl Service {
                 self.replace()?;
             }
         }
-        Ok(last)
+        Ok(())
     }
 
     /// Takes leave of a worker that is dead or as good as dead: it does nothing more when this returns.
     fn give_up(&mut self) -> Result<(), WorkerError> {
         let Some(worker) = self.worker.take() else { return Ok(()) };
         if worker.is_still() {
-            self.dying.push(worker.leave());
+            self.leaving.add(worker.leave(Why::Died));
             self.note_death();
         } else {
             let status = worker.bury()?;
@@ -516,16 +517,23 @@ impl Service {
         self.tell(Event::WorkerDied { status: status.to_string() });
     }
 
-    /// Waits for those that have died, and tells how.
+    /// Waits until all that leave are gone, and tells how those have died that have: who goes on in this process's place knows nothing of them.
     pub fn bury(&mut self) -> Result<(), WorkerError> {
-        for status in std::mem::take(&mut self.dying).into_iter().filter_map(Leaving::wait) {
-            self.tell_death(status?);
+        let ends = self.leaving.wait();
+        self.tell_ends(ends)
+    }
+
+    fn tell_ends(&mut self, ends: Vec<End>) -> Result<(), WorkerError> {
+        for End { why, status } in ends {
+            let status = status?;
+            if why == Why::Died {
+                self.tell_death(status);
+            }
         }
         Ok(())
     }
 
-    /// Sees that there is a worker in place of one that has died, who has to be told how the guest's side stands. Then what has died is to be
-    /// [buried](Service::bury), for which the guest need not wait.
+    /// Sees that there is a worker in place of one that has died, who has to be told how the guest's side stands.
     ///
     /// Does not return before there is one: while too many die, it waits, and looks after controllers.
     ///
@@ -654,6 +662,8 @@ impl Service {
                 }
             }
         };
+        // What they have open they let go of with the rest: the delta may be wanted as soon as this one is known to have left it.
+        let closed = closed.and(self.bury());
         if self.management.stop_is_awaited {
             self.reply(match &closed {
                 Ok(()) => Reply::Done,

@@ -17,6 +17,8 @@ use crate::vhost_user::order::{Answer, DeltaOrder, Opened, Order, VolumeOrder};
 use crate::vhost_user::sandbox;
 use crate::vhost_user::vitals::Watch;
 
+use super::leaving::{Leaving, Why};
+
 /// Why the worker did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
@@ -187,9 +189,9 @@ impl Worker {
     }
 
     /// Ends one that does nothing more, and does not wait for it: nothing is left of it but memory to be unmapped.
-    pub(super) fn leave(self) -> Leaving {
+    pub(super) fn leave(self, why: Why) -> Leaving {
         self.process.kill();
-        Leaving(Some(self.process))
+        Leaving::new(self.process, why)
     }
 
     /// Whether it does nothing more, if that can be told before its process is gone.
@@ -220,25 +222,6 @@ impl Worker {
             log::error!("the worker has died at its end ({status}){}", sandbox::remark_on(status));
         }
         answer.map(drop).map_err(|error| Unclosed::boxed(error, None))
-    }
-}
-
-/// A worker that has been ended; waited for when this is dropped. The kernel takes long to unmap the memory of a large guest, and that guest need not
-/// wait meanwhile.
-pub struct Leaving(Option<Running>);
-
-impl Leaving {
-    /// How it went.
-    pub(super) fn wait(mut self) -> Option<Result<ExitStatus, WorkerError>> {
-        self.0.take().map(|process| process.wait().map_err(WorkerError::Wait))
-    }
-}
-
-impl Drop for Leaving {
-    fn drop(&mut self) {
-        if let Some(Err(error)) = self.0.take().map(Running::wait) {
-            log::warn!("cannot wait for the last worker: {error}");
-        }
     }
 }
 

@@ -237,8 +237,7 @@ impl<'k> Session<'k> {
         let successor = self.service().prepare_successor()?;
         let rings = self.running().into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
         self.ask(SessionOrder { rings, ..self.order() }, &[])?;
-        // Waited for when the guest has gone on.
-        let _last = self.service().succeed(successor)?;
+        self.service().succeed(successor)?;
         match self.tell_all() {
             Err(error) if error.is_death() => self.revive(),
             other => other,
@@ -296,15 +295,13 @@ impl<'k> Session<'k> {
     /// # Errors
     /// When asked to stop, or when it cannot go on with what the front end has given.
     pub fn revive(&self) -> std::result::Result<(), WorkerError> {
-        let revived = loop {
-            let replaced = self.service().replace_dead();
-            match replaced.and_then(|()| self.tell_all()) {
+        loop {
+            self.service().replace_dead()?;
+            match self.tell_all() {
                 Err(error) if error.is_death() => {}
-                other => break other,
+                other => return other,
             }
-        };
-        self.service().bury()?;
-        revived
+        }
     }
 
     /// Tells a worker that knows nothing how the guest's side stands.
