@@ -103,8 +103,8 @@ fn is_asleep(process: u32) -> bool {
     stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"))
 }
 
-/// Every number below has an open descriptor in a keeper.
-const DESCRIPTORS_BELOW: u64 = 6;
+/// Every number below has an open descriptor in a keeper. No fewer than it polls at once, which the kernel refuses.
+const DESCRIPTORS_BELOW: u64 = 8;
 const DESCRIPTORS_ENOUGH: u64 = 64;
 
 /// A driver that cannot be notified, and a worker that is stopped and goes on while it waits for the thread that tries to.
