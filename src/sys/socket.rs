@@ -350,14 +350,19 @@ pub fn wait_readable<const N: usize>(
     descriptors: [Option<BorrowedFd<'_>>; N],
     timeout_ms: i32,
 ) -> io::Result<[bool; N]> {
-    // The kernel passes negative numbers over.
-    let number = |descriptor: Option<BorrowedFd<'_>>| descriptor.map_or(-1, |descriptor| descriptor.as_raw_fd());
-    let mut polled =
-        descriptors.map(|descriptor| libc::pollfd { fd: number(descriptor), events: libc::POLLIN, revents: 0 });
+    let mut polled = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; N];
+    // One after the other: the kernel refuses more entries than a process may have descriptors, whatever is in them.
+    let mut count = 0;
+    for descriptor in descriptors.iter().flatten() {
+        polled[count].fd = descriptor.as_raw_fd();
+        count += 1;
+    }
     loop {
-        // SAFETY: `polled` is ours and has N entries.
-        if unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, timeout_ms) } >= 0 {
-            return Ok(polled.map(|entry| entry.revents != 0));
+        // SAFETY: `polled` is ours and has N entries, and no more than those were counted.
+        if unsafe { libc::poll(polled.as_mut_ptr(), count as libc::nfds_t, timeout_ms) } >= 0 {
+            let mut entries = polled.iter();
+            let mut is_ready = |_| entries.next().is_some_and(|entry| entry.revents != 0);
+            return Ok(descriptors.map(|descriptor| descriptor.is_some_and(&mut is_ready)));
         }
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
