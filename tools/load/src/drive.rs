@@ -39,6 +39,11 @@ pub trait Client {
     /// Puts the data of a write into its buffer at `data`.
     fn fill(&mut self, _request: &Request, _memory: &SharedMemory, _data: usize) {}
 
+    /// Whether the time that a request takes is of interest.
+    fn is_timed(&self, _request: &Request) -> bool {
+        true
+    }
+
     /// Takes note of a request that has succeeded.
     fn done(&mut self, _request: &Request, _answer: &Answer) -> Result<()> {
         Ok(())
@@ -107,6 +112,10 @@ impl<C: Client> Client for &mut C {
 
     fn fill(&mut self, request: &Request, memory: &SharedMemory, data: usize) {
         (**self).fill(request, memory, data);
+    }
+
+    fn is_timed(&self, request: &Request) -> bool {
+        (**self).is_timed(request)
     }
 
     fn done(&mut self, request: &Request, answer: &Answer) -> Result<()> {
@@ -218,9 +227,11 @@ impl<Q: AsRef<[Queue]> + AsMut<[Queue]>, C: Client> Drive<Q, C> {
         self.tally.bytes += u64::from(request.bytes);
         if request.part != Part::First {
             self.tally.requests += 1;
-            let latency = now.duration_since(flight.since);
-            self.tally.latency.record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
-            self.tally.longest = self.tally.longest.max(latency);
+            if self.client.is_timed(request) {
+                let latency = now.duration_since(flight.since);
+                self.tally.latency.record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+                self.tally.longest = self.tally.longest.max(latency);
+            }
         }
         Ok(())
     }

@@ -118,6 +118,10 @@ impl<C: Client> Client for Share<C> {
     fn next(&mut self, queue: usize, slot: usize) -> Option<crate::request::Request> {
         self.client.next(self.first + queue, slot)
     }
+
+    fn is_timed(&self, request: &crate::request::Request) -> bool {
+        self.client.is_timed(request)
+    }
 }
 
 /// Shared memory that each queue needs for requests of this size and depth.

@@ -22,6 +22,8 @@ pub enum Order {
     Pass,
     /// Every second block to the end, then stop.
     Alternate,
+    /// Any block of the first eighth, and for every tenth request any of the rest, which is not timed.
+    MostlyFront,
 }
 
 /// Which operations, in which proportion.
@@ -84,6 +86,10 @@ pub struct Walker {
 }
 
 impl Walker {
+    fn front_blocks(&self) -> u64 {
+        (self.blocks / 8).max(1)
+    }
+
     /// The next block for a queue. Queues share the random orders, and split the others in parts.
     fn block(&mut self, queue: usize) -> Option<u64> {
         let step = self.steps[queue];
@@ -102,6 +108,10 @@ impl Walker {
             Order::Sequential => Some(start + step % part),
             Order::Pass => (step < part).then_some(start + step),
             Order::Alternate => (step * 2 < part).then_some(start + step * 2),
+            Order::MostlyFront => {
+                let front = self.front_blocks();
+                Some(if step % 10 == 9 { self.random.u64(front..self.blocks) } else { self.random.u64(..front) })
+            }
         }
     }
 }
@@ -130,6 +140,11 @@ impl Client for Walker {
         let bytes = if operation == Operation::Flush { 0 } else { self.workload.block_bytes };
         let offset = block * u64::from(self.workload.block_bytes);
         Some(Request { operation, offset, bytes, part })
+    }
+
+    fn is_timed(&self, request: &Request) -> bool {
+        let front = self.front_blocks() * u64::from(self.workload.block_bytes);
+        self.workload.order != Order::MostlyFront || request.offset < front
     }
 }
 
@@ -180,6 +195,14 @@ mod tests {
         assert!(blocks(&alternate, 1, usize::MAX).into_iter().eq((0..1000).step_by(2)));
         let sequential = Workload { order: Order::Sequential, ..WORKLOAD };
         assert_eq!(blocks(&sequential, 1, 1002)[998..], [998, 999, 0, 1]);
+    }
+
+    #[test]
+    fn nine_in_ten_are_of_the_front_and_timed() {
+        let mut walker = Workload { order: Order::MostlyFront, ..WORKLOAD }.walker(1, 1);
+        let requests: Vec<_> = (0..100).filter_map(|_| walker.next(0, 0)).collect();
+        assert!(requests.iter().all(|request| (request.offset < 125 * 4096) == walker.is_timed(request)));
+        assert_eq!(requests.iter().filter(|request| walker.is_timed(request)).count(), 90);
     }
 
     #[test]

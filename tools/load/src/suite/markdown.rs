@@ -64,8 +64,10 @@ fn table(
     for row in &record.rows {
         write!(out, "| {} |", row.name)?;
         if let Some(limit) = limit {
-            let value = limit(row).unwrap_or(f64::NAN);
-            write!(out, " {value:.*} |", digits(value))?;
+            match limit(row) {
+                Some(value) => write!(out, " {value:.*} |", digits(value))?,
+                None => write!(out, " |")?,
+            }
         }
         for (index, samples) in row.samples.iter().enumerate() {
             let Some(value) = median(samples, figure) else {

@@ -145,10 +145,10 @@ impl Suite<'_> {
             for (row, record) in rows.iter().zip(&mut records) {
                 let label = format!("round {} of {rounds}: {}", round + 1, row.name);
                 progress(&label);
-                if self.manner.with_limit {
+                if self.manner.with_limit && !row.cold {
                     record.limit.push(self.limit(row, round, Reading::Copy)?);
                 }
-                if self.manner.with_limit && row.measured.mix == Mix::Read {
+                if self.manner.with_limit && !row.cold && row.measured.mix == Mix::Read {
                     record.bare_pread.push(self.limit(row, round, Reading::Pread)?);
                 }
                 for place in 0..self.contestants.len() {
@@ -181,7 +181,7 @@ impl Suite<'_> {
     }
 
     fn sample(&self, contestant: &Contestant, row: &Row, round: usize) -> Result<Sample> {
-        let volume = self.site.volume(0, row.queues);
+        let volume = if row.cold { self.site.cold_volume(row.queues)? } else { self.site.volume(0, row.queues) };
         (contestant.prepare)(&self.site.programs, &volume).context("making the private file")?;
         let command = (contestant.command)(&self.site.programs, &volume);
         let mut backend = Backend::start(&command, &volume.socket, &self.site.log())?;

@@ -21,6 +21,8 @@ pub struct Row {
     pub queues: usize,
     /// How the driver learns of completions, where that is the point of the line.
     pub wait: Option<Wait>,
+    /// Over a base of which nothing is in memory when the backend starts. The machine's own limit is none of a loop's.
+    pub cold: bool,
 }
 
 impl Row {
@@ -96,6 +98,29 @@ pub const ROWS: &[Row] = &[
         measured: Workload { mix: Mix::WriteFlush, depth: 1, range_bytes: SMALL_FILL.range_bytes, ..READ.measured },
         ..READ
     },
+    Row {
+        name: "4k overwrite and flush, 4 queues, depth 1 each",
+        before: &[SMALL_FILL, FLUSH],
+        measured: Workload { mix: Mix::WriteFlush, depth: 1, range_bytes: SMALL_FILL.range_bytes, ..READ.measured },
+        queues: 4,
+        ..READ
+    },
+    Row { name: "4k random read, base, nothing in memory, depth 32", before: &[], cold: true, ..READ },
+    Row {
+        name: "64k sequential read, base, nothing in memory, depth 8",
+        before: &[],
+        measured: Workload { order: Order::Sequential, block_bytes: 64 * KIB, depth: 8, ..READ.measured },
+        cold: true,
+        ..READ
+    },
+    Row {
+        // Its latency is that of the nine: what a guest notices of another one's read that waits for the disk.
+        name: "4k random read, base, every tenth not in memory, depth 32",
+        before: &[Workload { range_bytes: BASE_BYTES / 8, ..PASS }],
+        measured: Workload { order: Order::MostlyFront, ..READ.measured },
+        cold: true,
+        ..READ
+    },
 ];
 
 /// What the lines vary: random 4 KiB reads of a base that has been read once.
@@ -112,6 +137,7 @@ const READ: Row = Row {
     },
     queues: 1,
     wait: None,
+    cold: false,
 };
 
 /// Reads all of the base once, in order.

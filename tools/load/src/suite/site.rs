@@ -21,6 +21,8 @@ pub struct Site {
     pub programs: Programs,
     pub base: File,
     pub base_mapped: MappedFile,
+    /// As large, and mapped by nobody, so that it can be dropped from memory.
+    cold_base: File,
 }
 
 impl Site {
@@ -35,7 +37,14 @@ impl Site {
         sys::drop_cache(&base)?;
         sys::fill_cache(&base)?;
         let base_mapped = MappedFile::new(&base)?;
-        Ok(Self { directory, programs, base, base_mapped })
+        let cold_base = make_base(&directory.join("cold-base"), BASE_BYTES)?;
+        Ok(Self { directory, programs, base, base_mapped, cold_base })
+    }
+
+    /// The volume that is measured where nothing of the base is to be in memory, from which it is dropped.
+    pub fn cold_volume(&self, queues: usize) -> Result<Volume> {
+        sys::drop_cache(&self.cold_base)?;
+        Ok(self.named("cold-base", BASE_BYTES, 0, queues))
     }
 
     /// The volume that is measured; `index` tells several apart.

@@ -81,8 +81,10 @@ fn write_row(out: &mut String, record: &Record, row: &RowRecord) -> std::fmt::Re
             middle(samples, |it| it.p99_us),
             middle(samples, |it| it.cpu_us)
         )?;
-        let limits = ratio(samples, &row.limit, |it| it.cpu_us).unwrap_or(f64::NAN);
-        write!(out, " {limits:>8.2}")?;
+        match ratio(samples, &row.limit, |it| it.cpu_us) {
+            Some(limits) => write!(out, " {limits:>8.2}")?,
+            None => write!(out, " {:>8}", "")?,
+        }
         let ours = row.samples.first().filter(|_| index > 0);
         let iops = ours.and_then(|ours| ratio(samples, ours, |it| it.iops));
         let cpu = ours.and_then(|ours| ratio(samples, ours, |it| it.cpu_us));
