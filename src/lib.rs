@@ -39,6 +39,9 @@
 //!    wants that.
 //! 6. The driver's flush makes it durable: sync, copy the marks into the cluster map on disk, sync.
 //!
+//! A read is a copy from a mapping where the pages are in memory ([`block::cached`]). One that would wait for the disk, and a flush that has something
+//! to sync, are left to threads of the worker that may wait ([`vhost_user::errands`]), so that no queue does; they come back to the queue, which completes them.
+//!
 //! # Invariants
 //!
 //! - A base is never written. A delta is bound to the digest of its base, and refuses any other.

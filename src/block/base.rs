@@ -4,15 +4,14 @@ use std::fs::File;
 use std::io;
 
 use crate::sys::buffers::{Readable, Writable};
-use crate::sys::file;
 use crate::sys::guard::Fault;
-use crate::sys::mapping::FileMapping;
 
 use super::Error;
+use super::cached::{CachedFile, Patience};
 
 /// The bytes below a delta. Past its end there are zeros, without end; a blank volume's base has no bytes at all.
 pub struct Base {
-    mapping: FileMapping,
+    file: CachedFile,
     /// What to call the file in messages.
     label: String,
 }
@@ -20,39 +19,45 @@ pub struct Base {
 impl Base {
     /// Maps all of an image, which messages call `label`.
     pub fn map(image: &File, label: String) -> io::Result<Base> {
-        Ok(Base { mapping: FileMapping::new(image, file::len(image)?)?, label })
+        Ok(Base { file: CachedFile::new(image.try_clone()?)?, label })
     }
 
     /// The base of a blank volume.
     pub fn empty() -> Base {
-        Base { mapping: FileMapping::empty(), label: String::new() }
+        Base { file: CachedFile::empty(), label: String::new() }
     }
 
     /// Length in bytes.
     pub fn bytes(&self) -> u64 {
-        self.mapping.len()
+        self.file.bytes()
     }
 
-    /// Fills `into` with the bytes at `offset`.
+    /// Fills `into` with the bytes at `offset`; `false`, and it holds anything, when that would wait and must not.
     #[inline]
-    pub fn read(&self, into: Writable<'_>, offset: u64) -> Result<(), Error> {
-        let read = self.mapping.read(into, offset);
-        let done = read.map_err(|source| Error::of_io("read", &self.label, offset, source))?;
+    pub fn read(&self, into: Writable<'_>, offset: u64, patience: Patience) -> Result<bool, Error> {
+        let read = self.file.read_with(into, offset, patience);
+        let read = read.map_err(|source| Error::of_io("read", &self.label, offset, source))?;
+        let Some(done) = read else { return Ok(false) };
         if done < into.len() {
             into.part(done, usize::MAX).fill_zero()?;
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Notes that nobody knows whether these bytes are in memory.
+    pub fn forget(&self, offset: u64, len: usize) {
+        self.file.forget(offset, len);
     }
 
     /// The error that a fault is, if it is of this image.
     pub fn error_of(&self, fault: Fault) -> Option<Error> {
-        let offset = self.mapping.offset_of(fault)?;
-        Some(Error::of_io("read", &self.label, offset, self.mapping.page_error(offset)))
+        let offset = self.file.offset_of(fault)?;
+        Some(Error::of_io("read", &self.label, offset, self.file.page_error(offset)))
     }
 
     /// The bytes at `offset`, `len` of them (at most one of the largest clusters), as two parts: what the image holds and the zeros behind it.
     pub fn parts(&self, offset: u64, len: usize) -> [Readable<'_>; 2] {
-        let held = self.mapping.readable(offset, len);
+        let held = self.file.readable(offset, len);
         [held, Readable::zeros(len - held.len())]
     }
 }

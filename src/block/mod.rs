@@ -5,6 +5,7 @@
 //! simulated disk that loses, tears and reorders.
 
 pub mod base;
+pub mod cached;
 pub mod delta;
 mod error;
 pub mod storage;

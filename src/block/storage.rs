@@ -6,9 +6,10 @@
 use std::fs::File;
 use std::io;
 
-use crate::sys::buffers::{Readable, Writable};
+use crate::sys::buffers::{Readable, Writable, total_len_readable};
 use crate::sys::file;
-use crate::sys::mapping::FileMapping;
+
+use super::cached::{CachedFile, Patience};
 
 /// A sparse file as a delta uses it. Called from many threads at once.
 ///
@@ -24,6 +25,14 @@ pub trait Storage: Send + Sync {
     fn read_alone_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
         self.read_at(into, offset)
     }
+
+    /// As `read_at`; `false`, and `into` holds anything, when that would wait for the disk and must not.
+    fn read_with(&self, into: Writable<'_>, offset: u64, _patience: Patience) -> io::Result<bool> {
+        self.read_at(into, offset).map(|()| true)
+    }
+
+    /// Notes that nobody knows whether these bytes are in memory.
+    fn forget(&self, _offset: u64, _len: usize) {}
 
     /// Writes the buffers, one after another, at `offset`.
     fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()>;
@@ -43,31 +52,48 @@ pub trait Storage: Send + Sync {
 /// Writes go by system call so that a full disk is an error code; reads of mapped bytes are copies without a system call.
 pub struct FileStorage {
     file: File,
-    /// The file as it was long when opened.
-    mapping: FileMapping,
+    /// The same, as it was long when opened.
+    cached: CachedFile,
 }
 
 impl FileStorage {
     /// Takes over `file`, which has to be open for reading and, unless it is only looked at, writing.
     pub fn new(file: File) -> io::Result<FileStorage> {
-        let mapping = FileMapping::new(&file, file::len(&file)?)?;
-        Ok(FileStorage { file, mapping })
+        let cached = CachedFile::new(file.try_clone()?)?;
+        Ok(FileStorage { file, cached })
     }
 
     /// The file itself.
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// What lies behind the mapping of a file that has grown.
+    #[inline]
+    fn read_rest(&self, into: Writable<'_>, offset: u64, done: usize) -> io::Result<()> {
+        if done < into.len() {
+            file::read_at(&self.file, into.part(done, usize::MAX), offset + done as u64)?;
+        }
+        Ok(())
+    }
 }
 
 impl Storage for FileStorage {
     #[inline]
     fn read_at(&self, into: Writable<'_>, offset: u64) -> io::Result<()> {
-        let done = self.mapping.read(into, offset)?;
-        if done < into.len() {
-            file::read_at(&self.file, into.part(done, usize::MAX), offset + done as u64)?;
-        }
-        Ok(())
+        let done = self.cached.read(into, offset)?;
+        self.read_rest(into, offset, done)
+    }
+
+    #[inline]
+    fn read_with(&self, into: Writable<'_>, offset: u64, patience: Patience) -> io::Result<bool> {
+        let Some(done) = self.cached.read_with(into, offset, patience)? else { return Ok(false) };
+        self.read_rest(into, offset, done)?;
+        Ok(true)
+    }
+
+    fn forget(&self, offset: u64, len: usize) {
+        self.cached.forget(offset, len);
     }
 
     /// By system call: the fault of a mapping reads ahead, megabytes around a few bytes and into holes too.
@@ -76,7 +102,10 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()> {
-        file::write_at(&self.file, from, offset)
+        file::write_at(&self.file, from, offset)?;
+        // Which is where it stays until the kernel needs the room.
+        self.cached.note(offset, total_len_readable(from) as usize);
+        Ok(())
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -15,6 +15,7 @@ use crate::units::ClusterSize;
 
 use super::Error;
 use super::base::Base;
+use super::cached::Patience;
 use super::delta::layout::{CLUSTERS_PER_GROUP, CLUSTERS_PER_STRETCH};
 use super::delta::{Delta, Marks, State};
 use super::storage::{FileStorage, Storage};
@@ -47,6 +48,15 @@ pub struct Sources {
     pub delta: u64,
     /// From nowhere.
     pub zero: u64,
+}
+
+impl Sources {
+    #[inline]
+    fn add(&mut self, more: &Sources) {
+        self.base += more.base;
+        self.delta += more.delta;
+        self.zero += more.zero;
+    }
 }
 
 impl Batch {
@@ -98,18 +108,21 @@ impl<S: Storage> Volume<S> {
 
     /// Reads the bytes at `offset` into `into`, one buffer after another.
     pub fn read(&self, offset: u64, into: &[Writable<'_>]) -> Result<(), Error> {
-        self.read_from(offset, into, &mut Sources::default())
+        self.read_in_batch(offset, into, &mut Batch::default(), Patience::Waits).map(|_| ())
     }
 
-    /// As [`Volume::read`], and notes in `batch` where the bytes came from.
+    /// As [`Volume::read`], and notes in `batch` where the bytes came from; `false`, and the buffers hold anything, when that would wait for the disk
+    /// and must not.
     #[inline]
-    pub fn read_in_batch(&self, offset: u64, into: &[Writable<'_>], batch: &mut Batch) -> Result<(), Error> {
-        self.read_from(offset, into, &mut batch.sources)
-    }
-
-    #[inline]
-    fn read_from(&self, offset: u64, into: &[Writable<'_>], sources: &mut Sources) -> Result<(), Error> {
+    pub fn read_in_batch(
+        &self,
+        offset: u64,
+        into: &[Writable<'_>],
+        batch: &mut Batch,
+        patience: Patience,
+    ) -> Result<bool, Error> {
         self.check_range(offset, total_len_writable(into))?;
+        let mut sources = Sources::default();
         let mut at = offset;
         for buffer in into {
             let mut done = 0;
@@ -118,7 +131,9 @@ impl<S: Storage> Volume<S> {
                 let part = buffer.part(done, len as usize);
                 match (source, &self.delta) {
                     (Source::Delta, Some(delta)) => {
-                        delta.read(part, at)?;
+                        if !delta.read(part, at, patience)? {
+                            return Ok(false);
+                        }
                         sources.delta += len;
                     }
                     (Source::Zero, _) => {
@@ -126,7 +141,9 @@ impl<S: Storage> Volume<S> {
                         sources.zero += len;
                     }
                     (Source::Base | Source::Delta, _) => {
-                        self.base.read(part, at)?;
+                        if !self.base.read(part, at, patience)? {
+                            return Ok(false);
+                        }
                         sources.base += len;
                     }
                 }
@@ -134,7 +151,22 @@ impl<S: Storage> Volume<S> {
                 at += len;
             }
         }
-        Ok(())
+        batch.sources.add(&sources);
+        Ok(true)
+    }
+
+    /// Notes that nobody knows whether these bytes are in memory, after a read of them that was to take no time and took some.
+    pub fn forget(&self, offset: u64, len: u64) {
+        let (mut at, end) = (offset, offset.saturating_add(len).min(self.bytes));
+        while at < end {
+            let Ok((source, len)) = self.run_at(at, end - at) else { return };
+            match (source, &self.delta) {
+                (Source::Delta, Some(delta)) => delta.forget(at, len as usize),
+                (Source::Base, _) => self.base.forget(at, len as usize),
+                _ => {}
+            }
+            at += len;
+        }
     }
 
     /// Where the byte at `offset` comes from, and how many of the `len` bytes from there on come from the same place and
@@ -332,6 +364,12 @@ impl<S: Storage> Volume<S> {
     /// Makes durable everything that was written and committed before the call.
     pub fn flush(&self) -> Result<(), Error> {
         self.delta.as_ref().map_or(Ok(()), Delta::flush)
+    }
+
+    /// Whether a flush now would have to wait for the disk.
+    #[inline]
+    pub fn has_to_sync(&self) -> bool {
+        self.delta.as_ref().is_some_and(Delta::has_to_sync)
     }
 
     /// Flushes, and notes that the delta was closed in good order. Nothing may be written afterwards.

@@ -26,11 +26,16 @@ unsafe impl<T: Zeroable + Sync> Send for ZeroedArray<T> {}
 unsafe impl<T: Zeroable + Sync> Sync for ZeroedArray<T> {}
 
 impl<T: Zeroable> ZeroedArray<T> {
+    /// No integers.
+    pub fn empty() -> ZeroedArray<T> {
+        ZeroedArray { start: std::ptr::NonNull::dangling().as_ptr(), len: 0 }
+    }
+
     /// An array of `len` zeros. Costs address space now, and memory page by page as it is written.
     pub fn new(len: usize) -> io::Result<ZeroedArray<T>> {
         let bytes = len.checked_mul(size_of::<T>()).ok_or(io::ErrorKind::OutOfMemory)?;
         if bytes == 0 {
-            return Ok(ZeroedArray { start: std::ptr::NonNull::dangling().as_ptr(), len: 0 });
+            return Ok(ZeroedArray::empty());
         }
         // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
         let start = unsafe {

@@ -31,6 +31,24 @@ pub fn read_at(file: &File, into: Writable<'_>, offset: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Reads bytes at `offset` by one system call, and says how many.
+pub fn read_once(file: &File, into: Writable<'_>, offset: u64) -> io::Result<usize> {
+    read_flagged(file, into, offset, 0)
+}
+
+/// As [`read_once`]; an error of kind `WouldBlock`, or fewer bytes, rather than waiting for the disk. An error (`EOPNOTSUPP`) where the file
+/// system cannot do that.
+pub fn read_at_once(file: &File, into: Writable<'_>, offset: u64) -> io::Result<usize> {
+    read_flagged(file, into, offset, libc::RWF_NOWAIT)
+}
+
+fn read_flagged(file: &File, into: Writable<'_>, offset: u64, flags: i32) -> io::Result<usize> {
+    let offset = to_off(offset, 0)?;
+    // SAFETY: one `Writable`, laid out as an iovec and writable for its length.
+    let count = unsafe { libc::preadv2(file.as_raw_fd(), (&raw const into).cast(), 1, offset, flags) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
 /// Writes the bytes of `from`, one buffer after another, at `offset`.
 pub fn write_at(file: &File, from: &[Readable<'_>], mut offset: u64) -> io::Result<()> {
     for mut from in from.chunks(BUFFERS_MAX) {

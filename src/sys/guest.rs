@@ -229,6 +229,7 @@ fn page_bytes(file: &File) -> io::Result<PageBytes> {
 /// Offsets are bytes from the start of the area, even, and checked: the layout of a ring is fixed when it is set up, so
 /// one outside the area is a bug of the caller, and reads as zero and writes nothing. So does memory that is gone, which is noted
 /// ([`guard::take_fault`]).
+#[derive(Clone)]
 pub struct SharedArea {
     start: *mut u8,
     len: usize,

@@ -33,6 +33,12 @@ impl Hold {
         self.held.is_empty()
     }
 
+    /// Whether a request waits.
+    #[inline]
+    pub fn contains(&self, head: u16) -> bool {
+        self.held.iter().any(|(held, _)| *held == head)
+    }
+
     /// How many wait.
     pub fn len(&self) -> usize {
         self.held.len()

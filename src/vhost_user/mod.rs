@@ -15,6 +15,7 @@ pub mod control;
 pub mod conversation;
 pub mod counters;
 pub mod device;
+pub mod errands;
 pub mod handover;
 pub mod hold;
 pub mod inflight;

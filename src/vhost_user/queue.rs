@@ -25,10 +25,11 @@ use crate::sys::process;
 
 use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
+use super::errands::{Done, Errands, Inbox, Job};
 use super::hold::Hold;
 use super::order::RingStop;
 use super::polling::Polling;
-use super::request::{self, RequestError, Status};
+use super::request::{self, Errand, Manner, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
 use super::steps::{self, Step};
 use super::vitals::Vitals;
@@ -39,6 +40,12 @@ const BATCH_REQUESTS: u16 = 16;
 
 /// A batch that has moved this many bytes is published, for the same reason.
 const BATCH_BYTES: u64 = 64 << 10;
+
+/// A batch of copies that takes longer than this has waited for something, such as a page that was in memory once.
+const fn copies_at_most(bytes: u64) -> Duration {
+    const NANOSECONDS_PER_BYTE: u64 = 1;
+    Duration::from_nanos(200_000 + bytes.saturating_mul(NANOSECONDS_PER_BYTE))
+}
 
 /// What serving a ring takes.
 pub struct Queue {
@@ -53,6 +60,8 @@ pub struct Queue {
     pub hold: Hold,
     /// How long to look at the ring before sleeping.
     pub polling: Polling,
+    /// Who waits for the disk.
+    pub errands: Arc<Errands>,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -121,6 +130,8 @@ impl RunningQueue {
             notifies: AtomicBool::new(false),
         });
         let epoll = Epoll::new()?;
+        let inbox = Arc::new(Inbox::new()?);
+        epoll.add_edge(&inbox.event)?;
         epoll.add_edge(&queue.kick)?;
         epoll.add_level(&stop.wake)?;
         let seen = Arc::clone(&stop);
@@ -128,7 +139,7 @@ impl RunningQueue {
         let thread = std::thread::Builder::new().name(format!("queue {}", queue.index)).stack_size(256 << 10).spawn(
             move || {
                 let _ends: Sender<Infallible> = ends;
-                queue.serve(&epoll, &seen)
+                queue.serve(&epoll, &seen, inbox)
             },
         )?;
         Ok(RunningQueue { thread, end, stop })
@@ -172,12 +183,28 @@ struct Completion<'m> {
     status: Status,
     status_place: Option<Writable<'m>>,
     wrote: bool,
+    /// It has come back from an errand: its status is written, and it is counted.
+    is_late: bool,
+}
+
+/// Requests of a queue that others carry out.
+struct Away {
+    inbox: Arc<Inbox>,
+    /// How many have not come back.
+    count: usize,
+    /// Those that have, while they are looked at.
+    back: Vec<Done>,
+    /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
+    copied: Vec<(u64, u64)>,
 }
 
 impl Queue {
-    fn serve(mut self, epoll: &Epoll, stop: &Stop) -> RingStop {
+    fn serve(mut self, epoll: &Epoll, stop: &Stop, inbox: Arc<Inbox>) -> RingStop {
         let mut complaints = Complaints::new(self.index);
-        if let Err(error) = self.serve_until_stopped(epoll, stop, &mut complaints) {
+        let mut away = Away { inbox, count: 0, back: Vec::new(), copied: Vec::new() };
+        let result = self.serve_until_stopped(epoll, stop, &mut away, &mut complaints);
+        drop(away);
+        if let Err(error) = result {
             log::error!("ring {}: {error}; it is served no further", self.index);
             if let Some(report) = &self.error
                 && let Err(error) = stop.while_notifying(|| events::signal(report))
@@ -203,6 +230,7 @@ impl Queue {
         &mut self,
         epoll: &Epoll,
         stop: &Stop,
+        away: &mut Away,
         complaints: &mut Complaints,
     ) -> Result<(), QueueError> {
         let memory = Arc::clone(&self.memory);
@@ -220,7 +248,10 @@ impl Queue {
         // When requests ran out.
         let mut idle_since = None;
         loop {
-            if self.again.is_empty() && stop.asked.load(Ordering::Acquire) {
+            let stops = self.again.is_empty() && stop.asked.load(Ordering::Acquire);
+            if stops && away.count > 0 {
+                away.inbox.wait();
+            } else if stops {
                 // What waits for room waits on where this ring goes, unless nobody there knows of it.
                 if self.hold.is_empty() || self.log.is_none() {
                     break;
@@ -231,22 +262,33 @@ impl Queue {
                 self.hold.take_tries(&mut self.again);
             }
             // What was taken before comes alone, ahead of all that never was.
-            let waiting = if self.again.is_empty() { self.ring.waiting()? } else { 0 };
-            if waiting > 0 || !self.again.is_empty() {
+            let waiting = if self.again.is_empty() && !stops { self.ring.waiting()? } else { 0 };
+            if waiting > 0 || !self.again.is_empty() || away.inbox.has_some() {
                 let taken = Instant::now();
                 if let Some(since) = idle_since.take() {
                     self.polling.came_after(taken - since);
                 }
                 self.vitals.begin(self.index);
-                let result = self.serve_batch(waiting, &memory, &mut chain, &mut completions, &mut batch, complaints);
+                self.take_back(away, &mut completions, complaints);
+                let batch_of = (taken, waiting);
+                let result =
+                    self.serve_batch(batch_of, &memory, &mut chain, &mut completions, &mut batch, away, complaints);
                 // What was taken is completed also when the ring broke behind it.
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 let shown = Instant::now();
+                if shown - taken > copies_at_most(away.copied.iter().map(|(_, len)| len).sum()) {
+                    away.copied.iter().for_each(|(offset, len)| self.volume.forget(*offset, *len));
+                }
+                away.copied.clear();
                 tally.count(&self.counters, self.index, shown - taken);
-                self.vitals.end(self.index);
+                if away.count > 0 {
+                    self.vitals.go_on(self.index);
+                } else {
+                    self.vitals.end(self.index);
+                }
                 idle_since = Some(shown);
                 result?;
-            } else if !self.poll(idle_since, stop)? {
+            } else if !self.poll(idle_since, stop, away)? {
                 if !self.resume_kicks() {
                     epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
                 }
@@ -258,13 +300,50 @@ impl Queue {
         Ok(self.ring.check_memory()?)
     }
 
+    /// Takes what has come back, to be shown to the driver.
+    fn take_back(&mut self, away: &mut Away, completions: &mut Vec<Completion<'_>>, complaints: &mut Complaints) {
+        if !away.inbox.has_some() {
+            return;
+        }
+        away.inbox.take(&mut away.back);
+        away.count -= away.back.len();
+        for done in away.back.drain(..) {
+            if let Some(fault) = done.fault {
+                guard::note_fault(fault);
+            }
+            if let Some(error) = &done.error {
+                complaints.request(error);
+                if error.is_full() && self.keep(done.head) {
+                    continue;
+                }
+            }
+            let status = done.error.as_ref().map_or(Status::Ok, RequestError::status);
+            let mut tally = Tally::default();
+            tally.sources = done.sources;
+            tally.note(done.kind, done.bytes, status != Status::Ok);
+            tally.count(&self.counters, self.index, done.taken.elapsed());
+            completions.push(Completion {
+                head: done.head,
+                kind: done.kind,
+                bytes: done.bytes,
+                data_bytes: done.written,
+                status,
+                status_place: None,
+                wrote: false,
+                is_late: true,
+            });
+        }
+    }
+
+    #[expect(clippy::too_many_arguments)]
     fn serve_batch<'m>(
         &mut self,
-        waiting: u16,
+        (taken, waiting): (Instant, u16),
         memory: &'m GuestMemory,
         chain: &mut Chain<'m>,
         completions: &mut Vec<Completion<'m>>,
         batch: &mut Batch,
+        away: &mut Away,
         complaints: &mut Complaints,
     ) -> Result<(), RingError> {
         let mut bytes = 0;
@@ -298,11 +377,23 @@ impl Queue {
                     status: Status::IoError,
                     status_place: None,
                     wrote: false,
+                    is_late: false,
                 };
                 completions.push(nothing);
                 continue;
             }
-            let outcome = request::execute(chain, memory, &self.volume, &self.device.description().serial, batch);
+            let serial = &self.device.description().serial;
+            let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::AtOnce);
+            if let Some(errand) = outcome.errand {
+                // One that waits for room is tried again by this queue, and not by two at once.
+                if !self.hold.contains(head) && self.send_away(errand, head, taken, away) {
+                    continue;
+                }
+                outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::Waits);
+            }
+            if outcome.kind == Kind::Read {
+                away.copied.push((outcome.offset, outcome.bytes));
+            }
             steps::reach(Step::Executed);
             let status = match &outcome.result {
                 Ok(()) => Status::Ok,
@@ -324,13 +415,32 @@ impl Queue {
                 status,
                 status_place: outcome.status_place,
                 wrote: outcome.wrote,
+                is_late: false,
             });
         }
         Ok(())
     }
 
+    /// Has others carry out a request. Whether they do.
+    fn send_away(&self, errand: Errand, head: u16, taken: Instant, away: &mut Away) -> bool {
+        let job = Job {
+            head,
+            taken,
+            table: self.ring.table().clone(),
+            memory: Arc::clone(&self.memory),
+            log: self.log.as_ref().map(|log| Arc::clone(&log.log)),
+            inbox: Arc::clone(&away.inbox),
+        };
+        let sent = self.errands.send(errand, job);
+        if let Err(error) = &sent {
+            log::warn!("ring {}: a request waits for the disk and keeps others waiting: {error}", self.index);
+        }
+        away.count += usize::from(sent.is_ok());
+        sent.is_ok()
+    }
+
     /// Looks at the ring for a while, if that is worth it, when requests ran out at `since`. Whether there is something to do.
-    fn poll(&mut self, since: Option<Instant>, stop: &Stop) -> Result<bool, RingError> {
+    fn poll(&mut self, since: Option<Instant>, stop: &Stop, away: &Away) -> Result<bool, RingError> {
         /// Between two looks at the clock.
         const LOOKS: u32 = 8;
         let Some(since) = since.filter(|_| self.hold.is_empty()) else { return Ok(false) };
@@ -339,7 +449,7 @@ impl Queue {
         let mut last = since;
         loop {
             for _ in 0..LOOKS {
-                if self.ring.waiting()? > 0 || stop.asked.load(Ordering::Acquire) {
+                if self.ring.waiting()? > 0 || away.inbox.has_some() || stop.asked.load(Ordering::Acquire) {
                     self.polling.was_left_alone();
                     return Ok(true);
                 }
@@ -384,7 +494,9 @@ impl Queue {
                 self.hold.complete(completion.head, status == Status::Ok);
                 self.vitals.count_held(self.hold.len() as i64);
             }
-            tally.note(completion.kind, completion.bytes, status != Status::Ok);
+            if !completion.is_late {
+                tally.note(completion.kind, completion.bytes, status != Status::Ok);
+            }
             let told = completion.status_place.map_or(Ok(0), |place| place.copy_from_slice(&[status as u8]));
             // A request must not look complete whose status nobody has written: with that note, nothing is published.
             let status_bytes = told.unwrap_or_else(|fault| {
@@ -442,6 +554,24 @@ impl Queue {
             complaints.hosts(&NotifyError(error));
         }
         steps::reach(Step::Notified);
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        // They write to the guest's memory until they are back, whatever becomes of the ring.
+        self.wait_for_all();
+    }
+}
+
+impl Away {
+    fn wait_for_all(&mut self) {
+        while self.count > 0 {
+            self.inbox.wait();
+            self.inbox.take(&mut self.back);
+            self.count -= self.back.len();
+            self.back.clear();
+        }
     }
 }
 

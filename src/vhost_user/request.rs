@@ -5,6 +5,7 @@
 
 use virtio_bindings::virtio_blk;
 
+use crate::block::cached::Patience;
 use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
 use crate::sys::guard::Fault;
@@ -53,6 +54,9 @@ pub enum RequestError {
     /// A flag of a range that does not exist for this type.
     #[error("range flags {flags:#x} are not supported here")]
     RangeFlags { flags: u32 },
+    /// It was another one when its queue took it.
+    #[error("the request has changed while it was carried out")]
+    Changed,
     /// The front end has taken its memory away, or the host has lost it.
     #[error("guest memory at {guest_address:#x} is gone: its file has become shorter, or the page is lost")]
     Memory { guest_address: u64 },
@@ -100,10 +104,30 @@ impl RequestError {
     }
 }
 
+/// How a request is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// Not at all, if it would have to wait for the disk.
+    AtOnce,
+    /// It is one that has to wait, and may.
+    Waits,
+    /// It is a flush, and all has been flushed since it was taken.
+    Flushed,
+}
+
+/// What a request has to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    Read,
+    Flush,
+}
+
 /// What a carried-out request leaves to do.
 pub struct Outcome<'m> {
     /// The byte for the status; none when the driver gave none.
     pub status_place: Option<Writable<'m>>,
+    /// What it has to wait for, if it has not been carried out for that.
+    pub errand: Option<Errand>,
     /// What went wrong, if anything.
     pub result: Result<(), RequestError>,
     /// Bytes of data that the device wrote, without the status.
@@ -112,8 +136,9 @@ pub struct Outcome<'m> {
     pub wrote: bool,
     /// What it was.
     pub kind: Kind,
-    /// Bytes of the volume that it was about.
+    /// Bytes of the volume that it was about, and where they begin, of a read.
     pub bytes: u64,
+    pub offset: u64,
 }
 
 /// The fixed part of a request.
@@ -122,7 +147,7 @@ struct Header {
     sector: u64,
 }
 
-/// Carries out the request in `chain`, which lies in `memory`. A write is complete when the outcome is ok and `batch` has been committed.
+/// Carries out the request in `chain`, which lies in `memory`, or says what it has to wait for. A write is complete when the outcome is ok and `batch` has been committed.
 #[inline]
 pub fn execute<'m>(
     chain: &mut Chain<'m>,
@@ -130,20 +155,24 @@ pub fn execute<'m>(
     volume: &Volume,
     serial: &[u8; SERIAL_BYTES],
     batch: &mut Batch,
+    manner: Manner,
 ) -> Outcome<'m> {
     let mut outcome = Outcome {
         status_place: take_status(chain),
+        errand: None,
         result: Ok(()),
         data_bytes: 0,
         wrote: false,
         kind: Kind::Other,
         bytes: 0,
+        offset: 0,
     };
     if outcome.status_place.is_none() {
         outcome.result = Err(RequestError::NoStatus);
         return outcome;
     }
-    outcome.result = carry_out(chain, volume, serial, batch, &mut outcome).map_err(|error| error.located(memory));
+    let result = carry_out(chain, volume, serial, batch, manner, &mut outcome);
+    outcome.result = result.map_err(|error| error.located(memory));
     outcome
 }
 
@@ -152,16 +181,25 @@ fn carry_out(
     volume: &Volume,
     serial: &[u8; SERIAL_BYTES],
     batch: &mut Batch,
+    manner: Manner,
     outcome: &mut Outcome<'_>,
 ) -> Result<(), RequestError> {
     let (header, first) = take_header(chain)?;
     let readable = &chain.readable[first..];
+    if manner != Manner::AtOnce && !matches!(header.kind, virtio_blk::VIRTIO_BLK_T_IN | virtio_blk::VIRTIO_BLK_T_FLUSH)
+    {
+        return Err(RequestError::Changed);
+    }
     match header.kind {
         virtio_blk::VIRTIO_BLK_T_IN => {
             outcome.kind = Kind::Read;
             let len = check_data(total_len_writable(&chain.writable))?;
-            volume.read_in_batch(offset_of(header.sector)?, &chain.writable, batch)?;
-            (outcome.data_bytes, outcome.bytes) = (len, len.into());
+            let patience = if manner == Manner::AtOnce { Patience::AtOnce } else { Patience::Waits };
+            let offset = offset_of(header.sector)?;
+            if !volume.read_in_batch(offset, &chain.writable, batch, patience)? {
+                outcome.errand = Some(Errand::Read);
+            }
+            (outcome.offset, outcome.bytes, outcome.data_bytes) = (offset, len.into(), len);
             Ok(())
         }
         virtio_blk::VIRTIO_BLK_T_OUT => {
@@ -172,7 +210,12 @@ fn carry_out(
         }
         virtio_blk::VIRTIO_BLK_T_FLUSH => {
             outcome.kind = Kind::Flush;
-            Ok(volume.flush()?)
+            match manner {
+                Manner::AtOnce if volume.has_to_sync() => outcome.errand = Some(Errand::Flush),
+                Manner::Flushed => {}
+                Manner::AtOnce | Manner::Waits => volume.flush()?,
+            }
+            Ok(())
         }
         virtio_blk::VIRTIO_BLK_T_GET_ID => {
             let mut rest = &serial[..];

@@ -146,10 +146,17 @@ pub struct Chain<'m> {
     pub written: Option<Vec<(u64, u32)>>,
 }
 
+/// Where a ring's requests are described.
+#[derive(Clone)]
+pub struct Table {
+    size: u16,
+    descriptors: SharedArea,
+}
+
 /// A ring that runs.
 pub struct Ring {
     size: u16,
-    descriptors: SharedArea,
+    table: Table,
     available: SharedArea,
     used: SharedArea,
     /// Index of the next entry of the available ring to take. Indexes run over 16 bits, a ring's entries over its size.
@@ -192,7 +199,7 @@ impl Ring {
         let next_used = used.load(INDEX_AT);
         let ring = Ring {
             size,
-            descriptors,
+            table: Table { size, descriptors },
             available,
             used,
             next_available,
@@ -269,31 +276,15 @@ impl Ring {
         Ok(head)
     }
 
-    /// Collects the buffers of the chain that starts at `head` into `chain`, which is emptied first.
+    /// Where its requests are described.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// As [`Table::chain`].
     #[inline]
     pub fn chain<'m>(&self, head: u16, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), ChainError> {
-        chain.readable.clear();
-        chain.writable.clear();
-        let mut next = head;
-        // A chain longer than the table visits a descriptor twice.
-        for _ in 0..self.size {
-            let descriptor = Descriptor::from_bytes(self.descriptors.read(usize::from(next) * DESCRIPTOR_BYTES));
-            if descriptor.flags & FLAG_INDIRECT != 0 {
-                if descriptor.flags & FLAG_NEXT != 0 {
-                    return Err(ChainError::Nested);
-                }
-                return indirect(descriptor, memory, chain);
-            }
-            chain.add(descriptor, memory)?;
-            if descriptor.flags & FLAG_NEXT == 0 {
-                return Ok(());
-            }
-            if descriptor.next >= self.size {
-                return Err(ChainError::Next { next: descriptor.next, len: usize::from(self.size) });
-            }
-            next = descriptor.next;
-        }
-        Err(ChainError::TooLong)
+        self.table.chain(head, memory, chain)
     }
 
     /// Writes the completion of the request `head`, of which the device wrote `len` bytes. The driver does not see it yet.
@@ -357,6 +348,35 @@ impl Ring {
         }
         full_barrier();
         self.available.load_acquire(INDEX_AT) != self.next_available || guard::has_fault()
+    }
+}
+
+impl Table {
+    /// Collects the buffers of the chain that starts at `head` into `chain`, which is emptied first.
+    #[inline]
+    pub fn chain<'m>(&self, head: u16, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), ChainError> {
+        chain.readable.clear();
+        chain.writable.clear();
+        let mut next = head;
+        // A chain longer than the table visits a descriptor twice.
+        for _ in 0..self.size {
+            let descriptor = Descriptor::from_bytes(self.descriptors.read(usize::from(next) * DESCRIPTOR_BYTES));
+            if descriptor.flags & FLAG_INDIRECT != 0 {
+                if descriptor.flags & FLAG_NEXT != 0 {
+                    return Err(ChainError::Nested);
+                }
+                return indirect(descriptor, memory, chain);
+            }
+            chain.add(descriptor, memory)?;
+            if descriptor.flags & FLAG_NEXT == 0 {
+                return Ok(());
+            }
+            if descriptor.next >= self.size {
+                return Err(ChainError::Next { next: descriptor.next, len: usize::from(self.size) });
+            }
+            next = descriptor.next;
+        }
+        Err(ChainError::TooLong)
     }
 }
 

@@ -82,6 +82,7 @@ pub const WORKER: &[Call] = &[
     Call::with("fcntl F_GET_SEALS", libc::SYS_fcntl, &[is(1, libc::F_GET_SEALS)], "whether the counters cannot shrink"),
     // The delta.
     Call::any("preadv", libc::SYS_preadv, "its header, map and log"),
+    Call::with("preadv2", libc::SYS_preadv2, &[has(5, !libc::RWF_NOWAIT, 0)], "data that is not known to be in memory"),
     Call::any("pwritev", libc::SYS_pwritev, "data, marks, maps"),
     Call::with("fallocate", libc::SYS_fallocate, &[is(1, HOLE)], "what was discarded; a log that is void"),
     Call::any("fdatasync", libc::SYS_fdatasync, "a flush"),

@@ -78,7 +78,14 @@ impl Vitals {
         }
     }
 
-    /// A batch has ended.
+    /// A batch has ended, and requests of it still wait for the disk.
+    #[inline]
+    pub fn go_on(&self, ring: u16) {
+        let pulse = self.pulse(ring);
+        pulse.store((pulse.load(Ordering::Relaxed) | 1).wrapping_add(2), Ordering::Relaxed);
+    }
+
+    /// A batch has ended, and so has all that was begun.
     #[inline]
     pub fn end(&self, ring: u16) {
         let pulse = self.pulse(ring);

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::block::base::Base;
+use crate::block::cached;
 use crate::block::delta::{Delta, Latch, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
@@ -22,6 +23,7 @@ use crate::units::ClusterSize;
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::counters::Counters;
 use super::device::{self, Description, Device};
+use super::errands::Errands;
 use super::hold::Hold;
 use super::inflight::{InflightError, RegionShape};
 use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
@@ -99,6 +101,7 @@ pub fn run() -> io::Result<()> {
     process::settle_allocator();
     process::set_name(c"pando-worker");
     steps::choose();
+    cached::choose();
     let conversation = Conversation::over(process::standard_input().into(), "keeper");
     let watch = sandbox::close_worker().map_err(io::Error::other)?;
     serve(&conversation, &mut None, watch)
@@ -190,6 +193,8 @@ struct Worker {
     hold: Duration,
     /// How long a queue polls at most.
     poll: Duration,
+    /// Who waits for the disk, so that queues do not.
+    errands: Arc<Errands>,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -243,9 +248,11 @@ impl Worker {
             cluster_bytes: volume.cluster().bytes(),
             serial,
         };
+        let (volume, device) = (Arc::new(volume), Arc::new(Device::new(opened.description(order.queues))));
         let worker = Worker {
-            volume: Arc::new(volume),
-            device: Arc::new(Device::new(opened.description(order.queues))),
+            errands: Arc::new(Errands::new(Arc::clone(&volume), Arc::clone(&device))),
+            volume,
+            device,
             features: 0,
             memory: Arc::default(),
             inflight: None,
@@ -353,6 +360,7 @@ impl Worker {
             again: inherited.into(),
             hold: Hold::new(self.hold),
             polling: Polling::new(self.poll),
+            errands: Arc::clone(&self.errands),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),

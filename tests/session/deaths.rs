@@ -78,7 +78,7 @@ pub fn check_all(disk: &Disk, mut backend: Backend, client: Client, storms: &mut
 }
 
 /// Who kills workers, and lets one get further in between: too many that get nowhere would be held, and on a busy machine any may.
-struct Killer<'b> {
+pub struct Killer<'b> {
     backend: &'b Backend,
     guest: Arc<Guest>,
     /// Where the used indexes of all rings lie: what a driver has seen of them may be older than the worker.
@@ -89,13 +89,13 @@ struct Killer<'b> {
 }
 
 impl Killer<'_> {
-    fn of<'b>(backend: &'b Backend, storms: &[Storm]) -> Killer<'b> {
+    pub fn of<'b>(backend: &'b Backend, storms: &[Storm]) -> Killer<'b> {
         let indexes = storms.iter().map(|storm| storm.queue.ring.used + 2).collect();
         Killer { backend, guest: Arc::clone(storms[0].queue.guest()), indexes, before: Vec::new(), in_vain: 0 }
     }
 
     /// Kills the worker, if there is one that may be killed. Whether there was.
-    fn strike(&mut self) -> bool {
+    pub fn strike(&mut self) -> bool {
         assert!(is_alive(self.backend.keeper()), "the keeper is dead");
         let is_in_vain = self.used() == self.before;
         if is_in_vain && self.in_vain >= 2 || !kill_worker(self.backend) {

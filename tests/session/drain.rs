@@ -16,12 +16,16 @@ use super::ring::Event;
 
 const DISK_BYTES: usize = 8 << 20;
 
-/// Big writes, enough to be in the middle of them when a message arrives.
+/// Big writes, and a read now and then, enough to be in the middle of them when a message arrives.
 const WRITES: usize = 192;
 const WRITE_BYTES: usize = 16 << 10;
 
 fn busy() -> Profile {
     Profile { ring_size: 1024, depth: WRITES, request_bytes: WRITE_BYTES, ..Profile::qemu().answered() }
+}
+
+fn is_read(number: usize) -> bool {
+    number % 4 == 3
 }
 
 /// Room for the requests of [`busy`].
@@ -43,6 +47,10 @@ fn check_stops(stop: impl Fn(&mut Client) -> Option<u16>, go_on: impl Fn(&mut Cl
         let queue = &mut client.queues[0];
         // A first one shows that the ring is being served.
         for number in 0..WRITES {
+            if is_read(number) {
+                queue.submit(IN, (number * WRITE_BYTES / SECTOR) as u64, &[], WRITE_BYTES);
+                continue;
+            }
             let bytes = image_bytes(WRITE_BYTES, (attempts * 1000 + number) as u64);
             model[number * WRITE_BYTES..][..WRITE_BYTES].copy_from_slice(&bytes);
             queue.submit(OUT, (number * WRITE_BYTES / SECTOR) as u64, &bytes, 0);
@@ -82,7 +90,7 @@ fn check_stops(stop: impl Fn(&mut Client) -> Option<u16>, go_on: impl Fn(&mut Cl
 }
 
 #[test]
-fn disabling_a_ring_waits_for_what_it_has_taken() {
+pub fn disabling_a_ring_waits_for_what_it_has_taken() {
     let stop = |client: &mut Client| {
         client.enable(0, false);
         None
@@ -91,7 +99,7 @@ fn disabling_a_ring_waits_for_what_it_has_taken() {
 }
 
 #[test]
-fn the_base_of_a_ring_waits_for_what_it_has_taken() {
+pub fn the_base_of_a_ring_waits_for_what_it_has_taken() {
     check_stops(|client| Some(client.base(0)), |client, base| client.set_up(0, base));
 }
 
@@ -109,7 +117,7 @@ fn a_ring_disabled_and_then_asked_for_its_base_knows_it() {
 }
 
 #[test]
-fn the_end_of_a_connection_waits_for_what_was_taken() {
+pub fn the_end_of_a_connection_waits_for_what_was_taken() {
     let disk = Disk::new(DISK_BYTES);
     let backend = disk.serve();
     for attempt in 0..5u64 {
@@ -185,7 +193,7 @@ fn guest_with_spare_regions() -> Guest {
 }
 
 #[test]
-fn memory_may_come_and_go_under_load() {
+pub fn memory_may_come_and_go_under_load() {
     under_load(&Profile::qemu().answered(), guest_with_spare_regions(), |client| {
         let regions = client.guest.regions();
         for number in 0..TIMES {
@@ -344,7 +352,7 @@ fn one_rings_stop_leaves_the_others_running() {
 }
 
 #[test]
-fn a_reset_device_starts_afresh() {
+pub fn a_reset_device_starts_afresh() {
     let disk = Disk::new(DISK_BYTES);
     let backend = disk.serve();
     let mut model = disk.contents.clone();

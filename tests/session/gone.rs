@@ -45,7 +45,7 @@ fn status(queue: &mut Queue, kind: u32, at: usize, readable: &[u8], writable: us
 }
 
 #[test]
-fn an_image_that_is_cut_off_fails_the_reads_of_what_is_missing() {
+pub fn an_image_that_is_cut_off_fails_the_reads_of_what_is_missing() {
     let disk = Disk::new(DISK_BYTES);
     for arguments in [&["--read-only"][..], &["--delta", text(&disk.delta()), "--create"]] {
         std::fs::write(disk.base(), &disk.contents).expect("the image");
@@ -111,7 +111,7 @@ fn a_write_that_needs_what_is_missing_of_the_image_fails_and_no_other() {
 }
 
 #[test]
-fn a_delta_that_is_cut_off_fails_the_reads_of_what_is_missing() {
+pub fn a_delta_that_is_cut_off_fails_the_reads_of_what_is_missing() {
     let disk = Disk::new(DISK_BYTES);
     let backend = disk.serve();
     let worker = backend.worker();
@@ -152,7 +152,7 @@ fn fails(client: &mut Client, kind: u32, sector: u64, data: Buffer) {
 }
 
 #[test]
-fn data_in_memory_that_is_gone_fails_its_request() {
+pub fn data_in_memory_that_is_gone_fails_its_request() {
     let mut target = Target::new();
     let worker = target.backend.worker();
     let mark = target.backend.log().mark();
@@ -439,7 +439,7 @@ fn a_session_that_ends_as_its_worker_dies_leaves_no_ring_behind() {
 
 /// All of guest memory at once, while it is used.
 #[test]
-fn memory_that_goes_under_load_costs_the_session_alone() {
+pub fn memory_that_goes_under_load_costs_the_session_alone() {
     let disk = Disk::new(DISK_BYTES);
     let mut backend = disk.serve();
     let worker = backend.worker();

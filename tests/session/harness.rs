@@ -2,6 +2,7 @@
 //!
 //! A backend ends with its test, also when that panics; what it logged is then shown. Knows nothing of vhost-user.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use pando::block::Volume;
 use pando::block::base::Base;
+use pando::block::cached::COLD_VARIABLE;
 use pando::block::delta::header::{SESSION_AT, Session};
 use pando::block::delta::{Delta, Lifetime, open};
 use pando::block::storage::FileStorage;
@@ -128,9 +130,24 @@ pub fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are text")
 }
 
+thread_local! {
+    static IS_COLD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test whose backends find nothing in memory, so that all that they read has to wait.
+pub fn cold(test: impl FnOnce()) {
+    IS_COLD.set(true);
+    test();
+    IS_COLD.set(false);
+}
+
 /// The program, not started yet.
 pub fn program() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_pando-blk"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pando-blk"));
+    if IS_COLD.get() {
+        command.env(COLD_VARIABLE, "1");
+    }
+    command
 }
 
 /// The program, running.

@@ -43,7 +43,7 @@ fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> Descriptor {
 }
 
 #[test]
-fn a_chain_that_is_wrong_is_one_request_that_fails() {
+pub fn a_chain_that_is_wrong_is_one_request_that_fails() {
     let mut target = Target::new();
     let worker = target.backend.worker();
     let chain = |target: &mut Target, name: &str, words: &[&str], descriptors: &[Descriptor]| {

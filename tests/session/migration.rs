@@ -74,7 +74,7 @@ fn pages(guest: &Guest) -> Vec<(u64, Vec<u8>)> {
 }
 
 #[test]
-fn exactly_what_a_request_writes_is_noted() {
+pub fn exactly_what_a_request_writes_is_noted() {
     let disk = Disk::new(DISK_BYTES);
     let backend = disk.serve_with(&["--poll-us", "0"]);
     let mut client = Client::start(&backend, &Profile { request_bytes: 64 << 10, ..Profile::qemu().answered() });
@@ -123,7 +123,7 @@ fn changed(before: &[(u64, Vec<u8>)], after: &[(u64, Vec<u8>)]) -> HashSet<u64> 
 }
 
 #[test]
-fn what_is_written_is_noted_whoever_dies() {
+pub fn what_is_written_is_noted_whoever_dies() {
     let disk = Disk::new(DISK_BYTES);
     // A queue that polls serves what is prepared before it is kicked, and so before the pages are looked at.
     let backend = disk.serve_with(&["--poll-us", "0"]);
@@ -158,7 +158,7 @@ fn serve_incoming(disk: &Disk, name: &str) -> Backend {
 }
 
 #[test]
-fn a_guest_moves_back_and_forth_with_its_delta() {
+pub fn a_guest_moves_back_and_forth_with_its_delta() {
     let disk = Disk::new(DISK_BYTES);
     let steps = profile().steps;
     let mut here = disk.serve();

@@ -36,3 +36,5 @@ mod setup;
 #[cfg(debug_assertions)]
 mod tables;
 mod upgrades;
+#[cfg(debug_assertions)]
+mod waiting;

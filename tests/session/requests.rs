@@ -246,7 +246,7 @@ fn a_read_only_disk_refuses_writes() {
 }
 
 #[test]
-fn buffers_may_be_laid_out_in_any_way() {
+pub fn buffers_may_be_laid_out_in_any_way() {
     let disk = Disk::new(DISK_BYTES);
     let backend = disk.serve();
     let mut client = Client::start(&backend, &Profile::qemu());
@@ -293,7 +293,7 @@ fn buffers_may_be_laid_out_in_any_way() {
 }
 
 #[test]
-fn requests_longer_than_the_ring_come_through_indirect_tables() {
+pub fn requests_longer_than_the_ring_come_through_indirect_tables() {
     let disk = Disk::new(DISK_BYTES);
     let backend = disk.serve();
     let profile = Profile { ring_size: 128, ..Profile::qemu() };
@@ -342,7 +342,7 @@ fn a_disk_need_not_end_with_a_cluster() {
 }
 
 #[test]
-fn a_volume_may_be_larger_than_its_image() {
+pub fn a_volume_may_be_larger_than_its_image() {
     let disk = Disk::new(DISK_BYTES + SECTOR);
     let backend = disk.serve_with(&["--size", "1T"]);
     let mut client = Client::start(&backend, &Profile::qemu());

@@ -32,6 +32,7 @@ use crate::sys::buffers::{Readable, Writable};
 use crate::sys::process;
 
 use super::Error;
+use super::cached::Patience;
 use super::error::is_full;
 use super::storage::Storage;
 use header::{HEADER_AT, Header, HeaderFault, Phase, SESSION_AT, Session};
@@ -192,11 +193,17 @@ impl<S: Storage> Delta<S> {
         self.map.state(cluster)
     }
 
-    /// Reads bytes of clusters that are all in the delta and all of one stretch.
+    /// Reads bytes of clusters that are all in the delta and all of one stretch; `false`, and `into` holds anything, when that would wait and must
+    /// not.
     #[inline]
-    pub fn read(&self, into: Writable<'_>, offset: u64) -> Result<(), Error> {
+    pub fn read(&self, into: Writable<'_>, offset: u64, patience: Patience) -> Result<bool, Error> {
         let at = self.layout().data_at(offset);
-        self.storage.read_at(into, at).map_err(|source| self.io_error("read", at, source))
+        self.storage.read_with(into, at, patience).map_err(|source| self.io_error("read", at, source))
+    }
+
+    /// Notes that nobody knows whether these bytes, of clusters of one stretch, are in memory.
+    pub fn forget(&self, offset: u64, len: usize) {
+        self.storage.forget(self.layout().data_at(offset), len);
     }
 
     /// Writes bytes to clusters of one stretch. Whoever writes to a cluster that is not in the delta yet holds the
@@ -331,6 +338,12 @@ impl<S: Storage> Delta<S> {
             return Ok(());
         }
         self.flush_locked(&mut state)
+    }
+
+    /// Whether a flush now would have to wait for the disk.
+    #[inline]
+    pub fn has_to_sync(&self) -> bool {
+        self.lifetime == Lifetime::Persistent && (self.written.load(Ordering::Acquire) || self.map.is_dirty())
     }
 
     /// Flushes because the log is full. Enough times that it has turned.

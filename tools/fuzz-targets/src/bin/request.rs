@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use fuzz_targets::{Choices, unnamed_file};
 use libfuzzer_sys::fuzz_target;
 use pando::block::base::Base;
+use pando::block::cached;
 use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::{self, Delta, Lifetime};
 use pando::block::storage::FileStorage;
@@ -16,7 +17,7 @@ use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::guest::GuestMemory;
 use pando::units::ClusterSize;
-use pando::vhost_user::request::{self, Outcome, Status};
+use pando::vhost_user::request::{self, Errand, Manner, Outcome, Status};
 use pando::vhost_user::ring::Chain;
 
 const SECTOR: usize = 512;
@@ -193,8 +194,18 @@ impl Disk {
             rest = behind;
         }
         let volume = self.volume.as_ref().unwrap();
-        let Outcome { status_place, result, data_bytes, .. } =
-            request::execute(&mut chain, &GuestMemory::default(), volume, &SERIAL, batch);
+        cached::pretend_cold(choices.below(3) == 0);
+        let memory = GuestMemory::default();
+        let outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, Manner::AtOnce);
+        let Outcome { status_place, result, data_bytes, .. } = match outcome.errand {
+            None => outcome,
+            Some(errand) => {
+                assert_eq!(kind, if errand == Errand::Read { IN } else { FLUSH }, "no other is put off");
+                // With its status, as it is when its buffers are collected once more.
+                chain.writable.extend(outcome.status_place);
+                request::execute(&mut chain, &memory, volume, &SERIAL, batch, Manner::Waits)
+            }
+        };
         let has_place = status_place.is_some();
         if let Some(place) = status_place {
             assert_eq!(place.copy_from_slice(&[0x55]), Ok(1));

@@ -18,6 +18,7 @@ use fuzz_targets::session::front_end::{self as message, FrontEnd, VERSION, longs
 use fuzz_targets::session::guest::{self, Guest, REGION_BYTES, RING_SIZE, RINGS, USER, Wish};
 use fuzz_targets::{Choices, open_descriptors, threads, unnamed_file};
 use libfuzzer_sys::fuzz_target;
+use pando::block::cached;
 use pando::sys::buffers::Readable;
 use pando::sys::{events, file, shared};
 use pando::vhost_user::steps::{self, ALL, Step};
@@ -37,6 +38,7 @@ const MANNERS: [u64; 4] =
 fuzz_target!(|data: &[u8]| {
     let mut choices = Choices::new(data);
     steps::unwind_at(Step::Begin, 0);
+    cached::pretend_cold(choices.below(2) == 1);
     backend::prepare();
     LazyLock::force(&POOL);
     let before = (open_descriptors(), threads());

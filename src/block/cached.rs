@@ -1,0 +1,245 @@
+//! [`CachedFile`]: a file of which most is in the page cache, read without a system call where it is, and never waited for where whoever reads must not
+//! wait.
+//!
+//! A copy from a mapping waits for the disk when its page is not there, and nothing says so beforehand. So account is kept of the pages that were there
+//! when they were last read. A page that is not among them is read by a system call that gives up rather than wait. Where that finds page after page, it
+//! is believed of their neighbours too: an image that is all in memory is soon read without such calls. The account is a
+//! hint: the kernel may have dropped a page since, and then a copy waits after all, once; whoever notices that says so
+//! ([`CachedFile::forget`]).
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use crate::sys::array::ZeroedArray;
+use crate::sys::buffers::{Readable, Writable};
+use crate::sys::file;
+use crate::sys::guard::Fault;
+use crate::sys::mapping::FileMapping;
+
+/// What the account is kept by. Where the kernel's pages are larger, several of these are in memory or out of it together.
+const PAGE_BYTES: u64 = 4096;
+
+/// So many pages in a row have to be found before others about them are believed to be in memory too: at first as many as readahead brings at once at
+/// least, later as many as lie in a page table.
+const FOUND_BEFORE_MANY: u32 = 32;
+const FOUND_BEFORE_ALL: u32 = 256;
+const MANY_BYTES: u64 = 64 << 10;
+const ALL_BYTES: u64 = 2 << 20;
+
+/// The range of whole pieces of this size that has all of these bytes.
+fn widened(offset: u64, len: usize, piece: u64) -> (u64, u64) {
+    let start = offset / piece * piece;
+    let end = offset.saturating_add(len as u64);
+    (start, end.checked_next_multiple_of(piece).unwrap_or(u64::MAX))
+}
+
+/// Tests name this in the environment of a backend, and its reads all wait, whatever is in memory; in builds with debug assertions, and nowhere
+/// else.
+pub const COLD_VARIABLE: &str = "PANDO_ALWAYS_COLD";
+
+/// Finds out whether nothing is to count as being in memory.
+pub fn choose() {
+    #[cfg(debug_assertions)]
+    pretend_cold(std::env::var_os(COLD_VARIABLE).is_some());
+}
+
+/// From now on nothing counts as being in memory, or what is.
+#[cfg(debug_assertions)]
+pub fn pretend_cold(cold: bool) {
+    COLD.store(cold, Ordering::Relaxed);
+}
+
+#[cfg(debug_assertions)]
+static COLD: AtomicBool = AtomicBool::new(false);
+
+#[inline(always)]
+fn is_always_cold() -> bool {
+    #[cfg(debug_assertions)]
+    return COLD.load(Ordering::Relaxed);
+    #[cfg(not(debug_assertions))]
+    false
+}
+
+/// Whether a read may wait for the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// It waits.
+    Waits,
+    /// What is not in memory is not read.
+    AtOnce,
+}
+
+/// A file, mapped as it was long when it was opened here.
+pub struct CachedFile {
+    /// None: a file without bytes.
+    file: Option<File>,
+    mapping: FileMapping,
+    /// A bit for each page that was in memory.
+    seen: ZeroedArray<AtomicU64>,
+    /// How many in a row were, that were not known to be.
+    found: AtomicU32,
+    /// Whether the file system can give up rather than wait.
+    gives_up: AtomicBool,
+}
+
+impl CachedFile {
+    /// Takes over a file.
+    pub fn new(file: File) -> io::Result<CachedFile> {
+        let len = file::len(&file)?;
+        let words = len.div_ceil(PAGE_BYTES).div_ceil(u64::from(u64::BITS));
+        Ok(CachedFile {
+            mapping: FileMapping::new(&file, len)?,
+            seen: ZeroedArray::new(usize::try_from(words).map_err(|_| io::ErrorKind::OutOfMemory)?)?,
+            found: AtomicU32::new(0),
+            file: Some(file),
+            gives_up: AtomicBool::new(true),
+        })
+    }
+
+    /// A file without bytes.
+    pub fn empty() -> CachedFile {
+        CachedFile {
+            file: None,
+            mapping: FileMapping::empty(),
+            seen: ZeroedArray::empty(),
+            found: AtomicU32::new(0),
+            gives_up: AtomicBool::new(false),
+        }
+    }
+
+    /// The file.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
+    }
+
+    /// Its length in bytes when it was opened here.
+    pub fn bytes(&self) -> u64 {
+        self.mapping.len()
+    }
+
+    /// Copies the bytes at `offset` to the start of `into`, as many as both have, and says how many; waits for what is not in memory.
+    ///
+    /// # Errors
+    /// Holds a [`Fault`] when it is `into` that cannot be accessed.
+    #[inline]
+    pub fn read(&self, into: Writable<'_>, offset: u64) -> io::Result<usize> {
+        self.mapping.read(into, offset)
+    }
+
+    /// As [`CachedFile::read`]; `None`, and `into` holds anything, when that would wait and must not.
+    #[inline]
+    pub fn read_with(&self, into: Writable<'_>, offset: u64, patience: Patience) -> io::Result<Option<usize>> {
+        let into = into.part(0, self.mapping.len().saturating_sub(offset).min(usize::MAX as u64) as usize);
+        if self.has_seen(offset, into.len()) && !is_always_cold() {
+            return self.mapping.read(into, offset).map(Some);
+        }
+        self.read_unseen(into, offset, patience)
+    }
+
+    #[cold]
+    fn read_unseen(&self, into: Writable<'_>, offset: u64, patience: Patience) -> io::Result<Option<usize>> {
+        let Some(file) = &self.file else { return Ok(Some(0)) };
+        let reads = match patience {
+            Patience::Waits => file::read_once,
+            Patience::AtOnce if is_always_cold() => return Ok(None),
+            Patience::AtOnce if self.gives_up.load(Ordering::Relaxed) => file::read_at_once,
+            Patience::AtOnce => return self.mapping.read(into, offset).map(Some),
+        };
+        match (reads(file, into, offset), patience) {
+            (Ok(count), _) if count == into.len() => {
+                if patience == Patience::AtOnce {
+                    self.note_found(offset, count);
+                } else {
+                    self.note(offset, count);
+                }
+                Ok(Some(count))
+            }
+            (Err(error), Patience::AtOnce) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                log::debug!("the file system cannot give up rather than wait for its disk, so all reads wait");
+                self.gives_up.store(false, Ordering::Relaxed);
+                self.mapping.read(into, offset).map(Some)
+            }
+            (_, Patience::AtOnce) => {
+                self.found.store(0, Ordering::Relaxed);
+                Ok(None)
+            }
+            // The mapping tells whether it is the file or the memory, and where.
+            (_, Patience::Waits) => self.mapping.read(into, offset).map(Some),
+        }
+    }
+
+    /// Notes that the pages of these bytes are in memory.
+    pub fn note(&self, offset: u64, len: usize) {
+        self.words(offset, len, |word, bits| {
+            if word.load(Ordering::Relaxed) & bits != bits {
+                word.fetch_or(bits, Ordering::Relaxed);
+            }
+            true
+        });
+    }
+
+    /// Notes that these are, which was not known, and the more of their neighbours the more in a row were so.
+    fn note_found(&self, offset: u64, len: usize) {
+        let around = match self.found.fetch_add(1, Ordering::Relaxed) {
+            ..FOUND_BEFORE_MANY => PAGE_BYTES,
+            FOUND_BEFORE_MANY..FOUND_BEFORE_ALL => MANY_BYTES,
+            FOUND_BEFORE_ALL.. => ALL_BYTES,
+        };
+        let (start, end) = widened(offset, len, around);
+        self.note(start, end.min(self.bytes()).saturating_sub(start) as usize);
+    }
+
+    /// Notes that nobody knows whether they are, nor of any that may have been believed to be for theirs.
+    pub fn forget(&self, offset: u64, len: usize) {
+        self.found.store(0, Ordering::Relaxed);
+        let (start, end) = widened(offset, len, ALL_BYTES);
+        let (offset, len) = (start, end.min(self.bytes()).saturating_sub(start) as usize);
+        self.words(offset, len, |word, bits| {
+            word.fetch_and(!bits, Ordering::Relaxed);
+            true
+        });
+    }
+
+    #[inline]
+    fn has_seen(&self, offset: u64, len: usize) -> bool {
+        self.words(offset, len, |word, bits| word.load(Ordering::Relaxed) & bits == bits)
+    }
+
+    /// Calls `each` with the words and bits of the pages of these bytes, until it says that it is enough. Whether it never did.
+    #[inline]
+    fn words(&self, offset: u64, len: usize, mut each: impl FnMut(&AtomicU64, u64) -> bool) -> bool {
+        if len == 0 {
+            return true;
+        }
+        let (first, last) = (offset / PAGE_BYTES, (offset + len as u64 - 1) / PAGE_BYTES);
+        let mut page = first;
+        while page <= last {
+            let (word, bit) = ((page / 64) as usize, page % 64);
+            let count = (64 - bit).min(last - page + 1);
+            let bits = (u64::MAX >> (64 - count)) << bit;
+            // What was added to the file since is not accounted for.
+            let Some(word) = self.seen.get(word) else { return false };
+            if !each(word, bits) {
+                return false;
+            }
+            page += count;
+        }
+        true
+    }
+
+    /// The bytes from `offset`, `len` of them, or as many as there are.
+    pub fn readable(&self, offset: u64, len: usize) -> Readable<'_> {
+        self.mapping.readable(offset, len)
+    }
+
+    /// The offset of a fault, if it is of this file.
+    pub fn offset_of(&self, fault: Fault) -> Option<u64> {
+        self.mapping.offset_of(fault)
+    }
+
+    /// What a fault at an offset means.
+    pub fn page_error(&self, offset: u64) -> io::Error {
+        self.mapping.page_error(offset)
+    }
+}

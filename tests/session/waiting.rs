@@ -1,0 +1,145 @@
+//! Requests that wait for the disk, which others than the ring's own thread carry out: here nothing counts as being in memory, so that all reads
+//! are such. What holds of requests otherwise holds of them.
+
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use rustix::fs::Advice;
+
+use super::client::{Client, Profile, check_served};
+use super::deaths::{Killer, check_all, profile, storms, work};
+use super::harness::{Disk, SECTOR, cold, text, wait_until};
+use super::{drain, gone, hostile, migration, requests};
+
+const DISK_BYTES: usize = 8 << 20;
+
+#[test]
+fn workers_that_are_killed_meanwhile_are_never_noticed() {
+    cold(|| {
+        let disk = Disk::new(DISK_BYTES);
+        let backend = disk.serve();
+        let mut client = Client::start(&backend, &profile());
+        let mut storms = storms(&mut client, &disk.contents, 31);
+        let mut rng = SmallRng::seed_from_u64(31);
+        let mut killer = Killer::of(&backend, &storms);
+        work(&mut storms, || {
+            let mut killed = 0;
+            while killed < 40 {
+                std::thread::sleep(Duration::from_micros(rng.random_range(0..60_000)));
+                killed += usize::from(killer.strike());
+            }
+        });
+        check_all(&disk, backend, client, &mut storms);
+    });
+}
+
+#[test]
+fn a_worker_at_rest_keeps_no_threads_for_them() {
+    let threads_of = |process| std::fs::read_dir(format!("/proc/{process}/task")).expect("it lives").count();
+    cold(|| {
+        let disk = Disk::new(DISK_BYTES);
+        let backend = disk.serve();
+        let mut client = Client::start(&backend, &Profile::qemu());
+        let before = threads_of(backend.worker());
+        assert!(client.queues[0].read(0, SECTOR) == disk.contents[..SECTOR]);
+        assert!(threads_of(backend.worker()) > before, "another than the ring's thread has read");
+        wait_until("they have ended", || threads_of(backend.worker()) == before);
+    });
+}
+
+/// Where the tests' files can be dropped from memory; elsewhere they are read as ever.
+#[test]
+fn what_is_not_in_memory_is_read_right() {
+    let disk = Disk::new(DISK_BYTES);
+    let base = std::fs::File::open(disk.base()).expect("an image");
+    base.sync_all().expect("room");
+    rustix::fs::fadvise(&base, 0, None, Advice::DontNeed).expect("a file");
+    let backend = disk.serve_as(&["--delta", text(&disk.delta()), "--create"]);
+    let mut model = disk.contents.clone();
+    check_served(&backend, &mut model, 33);
+    let mut client = Client::start(&backend, &Profile::qemu());
+    for at in (0..DISK_BYTES).step_by(128 << 10).rev() {
+        assert!(client.queues[0].read((at / SECTOR) as u64, 64 << 10) == model[at..at + (64 << 10)], "at byte {at}");
+    }
+}
+
+#[test]
+fn an_image_that_is_cut_off_fails_the_reads_of_what_is_missing() {
+    cold(gone::an_image_that_is_cut_off_fails_the_reads_of_what_is_missing);
+}
+
+#[test]
+fn a_delta_that_is_cut_off_fails_the_reads_of_what_is_missing() {
+    cold(gone::a_delta_that_is_cut_off_fails_the_reads_of_what_is_missing);
+}
+
+#[test]
+fn data_in_memory_that_is_gone_fails_its_request() {
+    cold(gone::data_in_memory_that_is_gone_fails_its_request);
+}
+
+#[test]
+fn memory_that_goes_under_load_costs_the_session_alone() {
+    cold(gone::memory_that_goes_under_load_costs_the_session_alone);
+}
+
+#[test]
+fn buffers_may_be_laid_out_in_any_way() {
+    cold(requests::buffers_may_be_laid_out_in_any_way);
+}
+
+#[test]
+fn requests_longer_than_the_ring_come_through_indirect_tables() {
+    cold(requests::requests_longer_than_the_ring_come_through_indirect_tables);
+}
+
+#[test]
+fn a_volume_may_be_larger_than_its_image() {
+    cold(requests::a_volume_may_be_larger_than_its_image);
+}
+
+#[test]
+fn a_chain_that_is_wrong_is_one_request_that_fails() {
+    cold(hostile::a_chain_that_is_wrong_is_one_request_that_fails);
+}
+
+#[test]
+fn exactly_what_a_request_writes_is_noted() {
+    cold(migration::exactly_what_a_request_writes_is_noted);
+}
+
+#[test]
+fn what_is_written_is_noted_whoever_dies() {
+    cold(migration::what_is_written_is_noted_whoever_dies);
+}
+
+#[test]
+fn a_guest_moves_back_and_forth_with_its_delta() {
+    cold(migration::a_guest_moves_back_and_forth_with_its_delta);
+}
+
+#[test]
+fn disabling_a_ring_waits_for_what_it_has_taken() {
+    cold(drain::disabling_a_ring_waits_for_what_it_has_taken);
+}
+
+#[test]
+fn the_base_of_a_ring_waits_for_what_it_has_taken() {
+    cold(drain::the_base_of_a_ring_waits_for_what_it_has_taken);
+}
+
+#[test]
+fn the_end_of_a_connection_waits_for_what_was_taken() {
+    cold(drain::the_end_of_a_connection_waits_for_what_was_taken);
+}
+
+#[test]
+fn a_reset_device_starts_afresh() {
+    cold(drain::a_reset_device_starts_afresh);
+}
+
+#[test]
+fn memory_may_come_and_go_under_load() {
+    cold(drain::memory_may_come_and_go_under_load);
+}
