@@ -386,10 +386,11 @@ impl Worker {
     }
 
     fn stop_all(&mut self) -> Result<(), WorkerError> {
-        for (index, ring) in std::mem::take(&mut self.rings) {
-            ring.queue.stop().map_err(|source| WorkerError::Stop { index, source })?;
-        }
-        Ok(())
+        let stop =
+            |(index, ring): (u16, RunningRing)| ring.queue.stop().map_err(|source| WorkerError::Stop { index, source });
+        // All of them, whatever becomes of one.
+        let stopped: Vec<_> = std::mem::take(&mut self.rings).into_iter().map(stop).collect();
+        stopped.into_iter().try_for_each(|stopped| stopped.map(drop))
     }
 
     fn close(&mut self) -> Result<(), WorkerError> {
