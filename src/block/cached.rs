@@ -243,3 +243,49 @@ impl CachedFile {
         self.mapping.page_error(offset)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is written is in memory; a file system that cannot give up rather than wait has no account to test.
+    #[test]
+    fn neighbours_are_believed_to_be_in_memory_after_many_finds_and_forgotten_with_one() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes = 4 * ALL_BYTES + 3 * PAGE_BYTES;
+        let contents: Vec<u8> = (0..bytes).map(|at| (at / 512) as u8).collect();
+        file::write_at(&file, &[Readable::from_slice(&contents)], 0).unwrap();
+        let cached = CachedFile::new(file).unwrap();
+        let mut read = |page: u64| {
+            let mut found = vec![0; PAGE_BYTES as usize];
+            let count = cached.read_with(Writable::from_mut_slice(&mut found), page * PAGE_BYTES, Patience::AtOnce);
+            let expected = &contents[(page * PAGE_BYTES) as usize..][..PAGE_BYTES as usize];
+            assert!(count.unwrap() == Some(PAGE_BYTES as usize) && found == expected, "page {page}");
+            cached.gives_up.load(Ordering::Relaxed)
+        };
+        let has_seen = |start: u64, end: u64| cached.has_seen(start, (end - start) as usize);
+        if !read(0) {
+            return;
+        }
+        assert!(has_seen(0, PAGE_BYTES) && !has_seen(PAGE_BYTES, 2 * PAGE_BYTES), "that page alone");
+        for page in 1..u64::from(FOUND_BEFORE_ALL) {
+            read(page);
+            // Those that were believed to be there are not found.
+            cached.found.store(page as u32 + 1, Ordering::Relaxed);
+        }
+        assert!(has_seen(32 * PAGE_BYTES, 48 * PAGE_BYTES), "as many as readahead brings");
+        assert!(!has_seen(2 * ALL_BYTES, 2 * ALL_BYTES + PAGE_BYTES));
+        read(3 * 512 + 7);
+        assert!(has_seen(3 * ALL_BYTES, 4 * ALL_BYTES), "a page table's");
+        read(4 * 512 + 1);
+        assert!(has_seen(4 * ALL_BYTES, bytes), "and no more than there are");
+        cached.forget(3 * ALL_BYTES + 100, 1);
+        assert!(has_seen(4 * ALL_BYTES, bytes) && has_seen(0, PAGE_BYTES));
+        assert!((0..512).all(|page| {
+            let start = 3 * ALL_BYTES + page * PAGE_BYTES;
+            !has_seen(start, start + PAGE_BYTES)
+        }));
+        read(3 * 512);
+        assert!(!has_seen(3 * ALL_BYTES, 3 * ALL_BYTES + 2 * PAGE_BYTES), "from the start again");
+    }
+}

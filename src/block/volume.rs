@@ -366,6 +366,11 @@ impl<S: Storage> Volume<S> {
         self.delta.as_ref().map_or(Ok(()), Delta::flush)
     }
 
+    /// Whether a flush is under way.
+    pub fn is_flushing(&self) -> bool {
+        self.delta.as_ref().is_some_and(Delta::is_flushing)
+    }
+
     /// Whether a flush now would have to wait for the disk.
     #[inline]
     pub fn has_to_sync(&self) -> bool {

@@ -29,6 +29,29 @@ const THREADS_MAX: usize = 32;
 const IDLE: Duration = Duration::from_secs(5);
 const STACK_BYTES: usize = 128 << 10;
 
+/// Whether a queue's flushes are worth handing over. They are not where nothing else came during the last ones: then two threads would be woken for
+/// nothing.
+#[derive(Default)]
+pub struct FlushHabit {
+    /// How many in a row had the queue to themselves.
+    alone: u32,
+}
+
+impl FlushHabit {
+    const ENOUGH: u32 = 8;
+
+    /// Whether the queue had better flush itself.
+    #[inline]
+    pub fn is_alone(&self) -> bool {
+        self.alone >= Self::ENOUGH
+    }
+
+    /// Notes whether nothing else came during a flush.
+    pub fn note(&mut self, alone: bool) {
+        self.alone = if alone { self.alone.saturating_add(1) } else { 0 };
+    }
+}
+
 /// The threads of a worker.
 pub struct Errands {
     shared: Arc<Shared>,

@@ -25,7 +25,7 @@ use crate::sys::process;
 
 use super::counters::{Counters, Kind, Tally};
 use super::device::{self, Device};
-use super::errands::{Done, Errands, Inbox, Job};
+use super::errands::{Done, Errands, FlushHabit, Inbox, Job};
 use super::hold::Hold;
 use super::order::RingStop;
 use super::polling::Polling;
@@ -196,12 +196,22 @@ struct Away {
     back: Vec<Done>,
     /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
     copied: Vec<(u64, u64)>,
+    /// Whether flushes had better not be among them, and whether one is that nothing has come beside.
+    habit: FlushHabit,
+    lone_flush: bool,
 }
 
 impl Queue {
     fn serve(mut self, epoll: &Epoll, stop: &Stop, inbox: Arc<Inbox>) -> RingStop {
         let mut complaints = Complaints::new(self.index);
-        let mut away = Away { inbox, count: 0, back: Vec::new(), copied: Vec::new() };
+        let mut away = Away {
+            inbox,
+            count: 0,
+            back: Vec::new(),
+            copied: Vec::new(),
+            habit: FlushHabit::default(),
+            lone_flush: false,
+        };
         let result = self.serve_until_stopped(epoll, stop, &mut away, &mut complaints);
         drop(away);
         if let Err(error) = result {
@@ -308,6 +318,9 @@ impl Queue {
         away.inbox.take(&mut away.back);
         away.count -= away.back.len();
         for done in away.back.drain(..) {
+            if done.kind == Kind::Flush {
+                away.habit.note(std::mem::take(&mut away.lone_flush));
+            }
             if let Some(fault) = done.fault {
                 guard::note_fault(fault);
             }
@@ -363,6 +376,7 @@ impl Queue {
                 },
             };
             waiting = waiting.saturating_sub(1);
+            away.lone_flush = false;
             let found = self.ring.chain(head, memory, chain);
             // Ahead of acting upon it: descriptors that are gone read as zeros.
             self.ring.check_memory()?;
@@ -385,11 +399,17 @@ impl Queue {
             let serial = &self.device.description().serial;
             let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::AtOnce);
             if let Some(errand) = outcome.errand {
+                let is_lone = errand == Errand::Flush && waiting == 0 && completions.is_empty() && away.count == 0;
+                let stays = is_lone && away.habit.is_alone() && !self.volume.is_flushing();
                 // One that waits for room is tried again by this queue, and not by two at once.
-                if !self.hold.contains(head) && self.send_away(errand, head, taken, away) {
+                if !stays && !self.hold.contains(head) && self.send_away(errand, head, taken, away) {
+                    away.lone_flush = is_lone;
                     continue;
                 }
                 outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::Waits);
+                if is_lone {
+                    away.habit.note(self.ring.waiting()? == 0);
+                }
             }
             if outcome.kind == Kind::Read {
                 away.copied.push((outcome.offset, outcome.bytes));

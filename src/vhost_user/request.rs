@@ -173,6 +173,10 @@ pub fn execute<'m>(
     }
     let result = carry_out(chain, volume, serial, batch, manner, &mut outcome);
     outcome.result = result.map_err(|error| error.located(memory));
+    if outcome.errand.is_some() {
+        // As it was, to be carried out once more.
+        chain.writable.extend(outcome.status_place.take());
+    }
     outcome
 }
 

@@ -374,7 +374,7 @@ fn an_image_of_no_whole_sectors_is_refused_at_the_start() {
 }
 
 /// Whether the new contents of a sector would still be there if the power failed now.
-fn survives_power_loss(disk: &Disk, sector: u64, expected: &[u8]) -> bool {
+pub fn survives_power_loss(disk: &Disk, sector: u64, expected: &[u8]) -> bool {
     let volume = disk.after_power_loss();
     let mut found = vec![0; expected.len()];
     volume.read(sector * SECTOR as u64, &[Writable::from_mut_slice(&mut found)]).expect("the delta can be read");

@@ -48,6 +48,19 @@ fn a_worker_at_rest_keeps_no_threads_for_them() {
     });
 }
 
+/// At first others flush, and then, as nothing else ever comes meanwhile, the ring's own thread.
+#[test]
+fn each_flush_of_many_makes_what_was_written_durable() {
+    let disk = Disk::new(DISK_BYTES);
+    let backend = disk.serve();
+    let mut client = Client::start(&backend, &Profile::qemu());
+    for number in 1..=30 {
+        client.queues[0].write(8 * u64::from(number), &[number; SECTOR]);
+        client.queues[0].flush();
+        assert!(requests::survives_power_loss(&disk, 8 * u64::from(number), &[number; SECTOR]), "write {number}");
+    }
+}
+
 /// Where the tests' files can be dropped from memory; elsewhere they are read as ever.
 #[test]
 fn what_is_not_in_memory_is_read_right() {

@@ -340,6 +340,11 @@ impl<S: Storage> Delta<S> {
         self.flush_locked(&mut state)
     }
 
+    /// Whether a flush is under way.
+    pub fn is_flushing(&self) -> bool {
+        self.flush.try_lock().is_err()
+    }
+
     /// Whether a flush now would have to wait for the disk.
     #[inline]
     pub fn has_to_sync(&self) -> bool {

@@ -201,8 +201,6 @@ impl Disk {
             None => outcome,
             Some(errand) => {
                 assert_eq!(kind, if errand == Errand::Read { IN } else { FLUSH }, "no other is put off");
-                // With its status, as it is when its buffers are collected once more.
-                chain.writable.extend(outcome.status_place);
                 request::execute(&mut chain, &memory, volume, &SERIAL, batch, Manner::Waits)
             }
         };

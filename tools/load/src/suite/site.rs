@@ -30,6 +30,13 @@ impl Site {
     pub fn new(directory: &Path, programs: Programs) -> Result<Self> {
         fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
         let directory = fs::canonicalize(directory)?;
+        // A run that was killed has left what would be served now.
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            if entry.file_name().to_str().is_some_and(|name| name.starts_with("private-")) {
+                remove(&entry.path())?;
+            }
+        }
         let base = make_base(&directory.join("base"), BASE_BYTES)?;
         File::create(directory.join("large-base"))?.set_len(LARGE_BASE_BYTES)?;
         // In the page cache as on a host that has read it, in whatever pieces its readahead makes, and not
