@@ -256,7 +256,7 @@ mod tests {
         let contents: Vec<u8> = (0..bytes).map(|at| (at / 512) as u8).collect();
         file::write_at(&file, &[Readable::from_slice(&contents)], 0).unwrap();
         let cached = CachedFile::new(file).unwrap();
-        let mut read = |page: u64| {
+        let read = |page: u64| {
             let mut found = vec![0; PAGE_BYTES as usize];
             let count = cached.read_with(Writable::from_mut_slice(&mut found), page * PAGE_BYTES, Patience::AtOnce);
             let expected = &contents[(page * PAGE_BYTES) as usize..][..PAGE_BYTES as usize];
