@@ -54,6 +54,7 @@
 #![deny(unsafe_code)]
 
 pub mod block;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod daemon;
 pub mod digest;
