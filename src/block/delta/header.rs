@@ -35,6 +35,7 @@ use crate::digest::Digest;
 use crate::units::{ClusterSize, is_whole_sectors};
 
 use super::layout::{DISK_SECTOR_BYTES, HEADER_BLOCK_BYTES, Layout};
+use super::marks::GENERATION_MAX;
 
 /// A sector's bytes.
 pub type Sector = [u8; DISK_SECTOR_BYTES as usize];
@@ -193,6 +194,9 @@ impl Session {
             1 => Phase::Open,
             found => return Err(HeaderFault::Field { field: "session phase", found, expected: "0 or 1" }),
         };
+        if generation > GENERATION_MAX {
+            return Err(HeaderFault::Field { field: "generation", found: generation, expected: "at most 2^62" });
+        }
         Ok(Session { phase, boot, generation })
     }
 }

@@ -27,6 +27,7 @@ use crate::block::storage::Storage;
 use crate::sys::buffers::{Readable, Writable};
 use crate::sys::process;
 
+use super::header::HeaderFault;
 use super::layout::{LOG_HALF_BYTES, LOG_START};
 use super::map::State;
 
@@ -47,7 +48,7 @@ pub const CLUSTERS_MAX: u64 = super::layout::CLUSTERS_PER_STRETCH;
 pub const GENERATION_MAX: u64 = 1 << 62;
 
 /// No session has counted further than this that another one goes on from: what that one counts is still believed.
-pub const GENERATION_TAKEN_OVER_MAX: u64 = GENERATION_MAX + (1 << 61);
+const GENERATION_TAKEN_OVER_MAX: u64 = GENERATION_MAX + (1 << 61);
 
 /// A run of clusters with a new state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +94,16 @@ pub struct Replay {
     pub log: MarkLog,
     /// Whether the other half's marks count as well, so that it is not free yet.
     pub other_half_counts: bool,
+}
+
+impl Replay {
+    /// Sees that whoever goes on with the log can count on.
+    pub fn check(&self) -> Result<(), HeaderFault> {
+        let found = self.log.generation;
+        let field = "generation of the mark log";
+        let fault = HeaderFault::Field { field, found, expected: "at most 2^62 + 2^61" };
+        if found > GENERATION_TAKEN_OVER_MAX { Err(fault) } else { Ok(()) }
+    }
 }
 
 fn half_start(half: u64) -> u64 {

@@ -35,7 +35,7 @@ use super::Error;
 use super::cached::Patience;
 use super::error::is_full;
 use super::storage::Storage;
-use header::{HEADER_AT, Header, HeaderFault, Phase, SESSION_AT, Session};
+use header::{HEADER_AT, Header, Phase, SESSION_AT, Session};
 use layout::{CLUSTERS_PER_STRETCH, Layout};
 use map::{LoadError, Map, MapWrite};
 use marks::{AppendError, Mark, MarkLog};
@@ -113,21 +113,11 @@ impl<S: Storage> Delta<S> {
         let found = open::read_session(&storage, &label)?;
         let boot = process::boot_id().map_err(io("find the boot id for", SESSION_AT))?;
         let map = Map::new(layout).map_err(io("make room in memory for the map of", 0))?;
-        let generation_fault = |field, found, expected| OpenError::Header {
-            file: label.clone(),
-            fault: HeaderFault::Field { field, found, expected },
-        };
-        let session_fault = |found| generation_fault("generation", found, "at most 2^62");
-        if found.generation > marks::GENERATION_MAX {
-            return Err(session_fault(found.generation));
-        }
         let died = found.phase == Phase::Open && found.boot == boot;
         let (session, log, other_half_free) = if died {
             let replay = marks::replay(&storage, found.generation, layout.cluster_count())
                 .map_err(io("read the mark log of", layout::LOG_START))?;
-            if replay.log.generation() > marks::GENERATION_TAKEN_OVER_MAX {
-                return Err(generation_fault("generation of the log", replay.log.generation(), "at most 2^62 + 2^61"));
-            }
+            replay.check().map_err(|fault| OpenError::Header { file: label.clone(), fault })?;
             apply(&map, &replay.marks, &storage, &label)?;
             log::info!(
                 "{label}: the last session was not closed; took over its mark log with {} entries",
@@ -140,8 +130,15 @@ impl<S: Storage> Delta<S> {
             }
             let highest = marks::highest_generation(&storage, layout.cluster_count())
                 .map_err(io("read the mark log of", layout::LOG_START))?;
-            let highest = found.generation.max(highest);
-            let generation = marks::generation_above(highest).ok_or_else(|| session_fault(highest))?;
+            let generation = match marks::generation_above(found.generation.max(highest)) {
+                Some(generation) => generation,
+                None => {
+                    // Nothing counts so far. It is void, and once it holds nothing, any will do.
+                    let voided = storage.punch_hole(layout::LOG_START, 2 * layout::LOG_HALF_BYTES);
+                    voided.and_then(|()| storage.sync()).map_err(io("clear the mark log of", layout::LOG_START))?;
+                    marks::generation_above(0).unwrap_or(1)
+                }
+            };
             (Session { phase: Phase::Open, boot, generation }, MarkLog::new(generation), true)
         };
         let delta = Delta {
@@ -518,13 +515,19 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let storage = || FileStorage::new(file.try_clone().unwrap()).unwrap();
         let start = || Delta::start(storage(), "test".into(), header.clone(), Lifetime::Persistent);
-        for (generation, is_taken) in
-            [(7, true), (2 * marks::GENERATION_MAX - 2, false), (2 * marks::GENERATION_MAX, false)]
-        {
+        let last = 2 * marks::GENERATION_MAX;
+        let logs = [
+            (Phase::Open, 7, true),
+            (Phase::Open, last - 2, false),
+            (Phase::Open, last, false),
+            // It is void, whatever it holds.
+            (Phase::Closed, last, true),
+        ];
+        for (phase, generation, is_taken) in logs {
             file.set_len(0).unwrap();
             file.set_len(layout.file_bytes()).unwrap();
             format(&storage(), &header).unwrap();
-            let session = Session { phase: Phase::Open, boot: process::boot_id().unwrap(), generation: 3 };
+            let session = Session { phase, boot: process::boot_id().unwrap(), generation: 3 };
             storage().write_at(&[Readable::from_slice(&session.encode())], SESSION_AT).unwrap();
             let entry = [Mark { first: 0, count: 1, zero: true }];
             MarkLog::new(generation).append(&entry, &storage()).unwrap();

@@ -137,7 +137,11 @@ impl Survey {
             Some(generation) => {
                 let clusters = header.layout.cluster_count();
                 let replay = marks::replay(&Looked(&file), generation, clusters);
-                by_group(replay.map_err(io("read the mark log of", LOG_START))?.marks)
+                let replay = replay.map_err(io("read the mark log of", LOG_START))?;
+                if let (Err(fault), Condition::Died) = (replay.check(), &condition) {
+                    condition = Condition::Unknown(fault);
+                }
+                by_group(replay.marks)
             }
             None => Vec::new(),
         };
