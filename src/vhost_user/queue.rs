@@ -173,6 +173,11 @@ impl Stop {
 #[error("the driver cannot be notified of completions")]
 struct NotifyError(#[source] io::Error);
 
+/// There is nobody else to wait for the disk.
+#[derive(Debug, thiserror::Error)]
+#[error("a request waits for the disk, and keeps others waiting")]
+struct AloneError(#[source] io::Error);
+
 /// A completion that waits for the batch's commit.
 struct Completion<'m> {
     head: u16,
@@ -402,7 +407,7 @@ impl Queue {
                 let is_lone = errand == Errand::Flush && waiting == 0 && completions.is_empty() && away.count == 0;
                 let stays = is_lone && away.habit.is_alone() && !self.volume.is_flushing();
                 // One that waits for room is tried again by this queue, and not by two at once.
-                if !stays && !self.hold.contains(head) && self.send_away(errand, head, taken, away) {
+                if !stays && !self.hold.contains(head) && self.send_away(errand, head, taken, away, complaints) {
                     away.lone_flush = is_lone;
                     continue;
                 }
@@ -442,7 +447,14 @@ impl Queue {
     }
 
     /// Has others carry out a request. Whether they do.
-    fn send_away(&self, errand: Errand, head: u16, taken: Instant, away: &mut Away) -> bool {
+    fn send_away(
+        &self,
+        errand: Errand,
+        head: u16,
+        taken: Instant,
+        away: &mut Away,
+        complaints: &mut Complaints,
+    ) -> bool {
         let job = Job {
             head,
             taken,
@@ -451,12 +463,16 @@ impl Queue {
             log: self.log.as_ref().map(|log| Arc::clone(&log.log)),
             inbox: Arc::clone(&away.inbox),
         };
-        let sent = self.errands.send(errand, job);
-        if let Err(error) = &sent {
-            log::warn!("ring {}: a request waits for the disk and keeps others waiting: {error}", self.index);
+        match self.errands.send(errand, job) {
+            Ok(()) => {
+                away.count += 1;
+                true
+            }
+            Err(error) => {
+                complaints.hosts(&AloneError(error));
+                false
+            }
         }
-        away.count += usize::from(sent.is_ok());
-        sent.is_ok()
     }
 
     /// Looks at the ring for a while, if that is worth it, when requests ran out at `since`. Whether there is something to do.
