@@ -234,30 +234,19 @@ impl Shared {
     }
 
     fn carry_out(&self, job: Job, manner: Manner) {
-        let Job { head, taken, table, memory, log, inbox } = job;
-        let done = {
-            let mut chain = Chain { written: log.is_some().then(Vec::new), ..Chain::default() };
-            self.execute(head, taken, manner, &table, &memory, log.as_deref(), &mut chain)
-        };
+        let done = self.execute(&job, manner);
         // Ahead of saying so: the memory is unmapped soon after.
+        let Job { table, memory, log, inbox, .. } = job;
         drop((table, memory, log));
         inbox.put(done);
     }
 
-    #[expect(clippy::too_many_arguments)]
-    fn execute<'m>(
-        &self,
-        head: u16,
-        taken: Instant,
-        manner: Manner,
-        table: &Table,
-        memory: &'m GuestMemory,
-        log: Option<&DirtyLog>,
-        chain: &mut Chain<'m>,
-    ) -> Done {
+    fn execute(&self, job: &Job, manner: Manner) -> Done {
+        let Job { head, taken, table, memory, log, .. } = job;
+        let mut chain = Chain { written: log.is_some().then(Vec::new), ..Chain::default() };
         let mut done = Done {
-            head,
-            taken,
+            head: *head,
+            taken: *taken,
             kind: Kind::Other,
             bytes: 0,
             written: 0,
@@ -265,7 +254,7 @@ impl Shared {
             error: None,
             fault: None,
         };
-        let found = table.chain(head, memory, chain);
+        let found = table.chain(*head, memory, &mut chain);
         // Descriptors that are gone read as zeros.
         done.fault = guard::take_fault();
         if done.fault.is_some() {
@@ -277,7 +266,7 @@ impl Shared {
         }
         let mut batch = Batch::default();
         let outcome =
-            request::execute(chain, memory, &self.volume, &self.device.description().serial, &mut batch, manner);
+            request::execute(&mut chain, memory, &self.volume, &self.device.description().serial, &mut batch, manner);
         let status = outcome.result.as_ref().map_or_else(RequestError::status, |()| Status::Ok);
         if status == Status::Ok {
             done.written = outcome.data_bytes;
