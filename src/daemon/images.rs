@@ -174,6 +174,7 @@ impl Host {
             let version = options.version.as_deref();
             let digest = host.import(source, running, version, &by)?;
             host.event("image.imported", &format!("image:{digest}"), version.unwrap_or(""));
+            host.warm_image(digest);
             Ok(digest.to_string())
         })
     }
@@ -216,6 +217,18 @@ impl Host {
             }
             Ok::<_, Error>(imported.digest)
         })
+    }
+
+    /// Has an image that is there now warmed, which nobody waits for.
+    fn warm_image(&self, digest: Digest) {
+        let store = self.store.clone();
+        let warms = move || match store.warm(&digest) {
+            Ok(tried) => log::debug!("image {digest} is {}", if tried { "in memory" } else { "not all in memory" }),
+            Err(error) => log::debug!("image {digest} stays in memory as it is: {}", chain(&error)),
+        };
+        if let Err(error) = std::thread::Builder::new().name("warmer".to_owned()).spawn(warms) {
+            log::debug!("image {digest} stays in memory as it is: {error}");
+        }
     }
 
     /// Starts to read all of an image and see that it is what it was.

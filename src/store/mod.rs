@@ -20,6 +20,7 @@ mod source;
 mod sparse;
 mod spool;
 mod vmdk;
+mod warm;
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};

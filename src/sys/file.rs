@@ -304,6 +304,11 @@ pub fn has_verity(file: &File) -> bool {
     result == 0 && found.stx_attributes & libc::STATX_ATTR_VERITY as u64 != 0
 }
 
+/// Takes what nobody has mapped or changed of a file out of the page cache.
+pub fn drop_cached(file: &File) -> io::Result<()> {
+    Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
+}
+
 /// How many bytes of a file are in the page cache.
 pub fn cached_bytes(file: &File) -> io::Result<u64> {
     /// `cachestat`, which libc does not know by name everywhere.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::buffers::{Readable, Writable};
@@ -64,6 +65,27 @@ impl FileMapping {
     /// Whether the mapping has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Asks the kernel to read what is not in memory in pieces as large as one entry of a page table maps, where the file system and the
+    /// kernel's settings (transparent huge pages) let it.
+    pub fn prefer_large_pages(&self) -> io::Result<()> {
+        self.advise(0, self.len as u64, libc::MADV_HUGEPAGE)
+    }
+
+    /// Reads the bytes of a range into the page cache, and has page tables map them. An error, too, where the kernel cannot (before Linux 5.14).
+    pub fn populate(&self, range: Range<u64>) -> io::Result<()> {
+        self.advise(range.start, range.end.saturating_sub(range.start), libc::MADV_POPULATE_READ)
+    }
+
+    /// `offset` is a multiple of a page.
+    fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+        let part = self.readable(offset, usize::try_from(len).unwrap_or(usize::MAX));
+        // SAFETY: a part of this mapping; neither advice changes what it holds.
+        match unsafe { libc::madvise(part.address() as *mut _, part.len(), advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// The bytes from `offset`, `len` of them, or as many as the mapping has.
