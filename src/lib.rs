@@ -39,8 +39,9 @@
 //!    wants that.
 //! 6. The driver's flush makes it durable: sync, copy the marks into the cluster map on disk, sync.
 //!
-//! A read is a copy from a mapping where the pages are in memory ([`block::cached`]). One that would wait for the disk, and a flush that has something
-//! to sync, are left to threads of the worker that may wait ([`vhost_user::errands`]), so that no queue does; they come back to the queue, which completes them.
+//! A read is a copy from a mapping where the pages are known to be in memory ([`block::cached`]). Others the kernel carries out while the queue goes on
+//! ([`vhost_user::reads`], by io_uring). Where that cannot be had, and for a flush that has something to sync, there are threads of the worker that
+//! may wait ([`vhost_user::errands`]). So no queue does; what is done comes back to the queue, which completes it.
 //!
 //! # Invariants
 //!

@@ -44,6 +44,16 @@ impl Base {
         Ok(true)
     }
 
+    /// The image, if there is one.
+    pub fn file(&self) -> Option<&File> {
+        self.file.file()
+    }
+
+    /// Notes that these bytes have been read from the file, and whether they were in memory already.
+    pub fn note_read(&self, offset: u64, len: usize, found: bool) {
+        self.file.note_read(offset, len, found);
+    }
+
     /// Notes that nobody knows whether these bytes are in memory.
     pub fn forget(&self, offset: u64, len: usize) {
         self.file.forget(offset, len);

@@ -68,6 +68,8 @@ pub enum Patience {
     Waits,
     /// What is not in memory is not read.
     AtOnce,
+    /// What is not known to be in memory is not read: somebody else reads it, and finds out.
+    Known,
 }
 
 /// A file, mapped as it was long when it was opened here.
@@ -142,17 +144,14 @@ impl CachedFile {
         let Some(file) = &self.file else { return Ok(Some(0)) };
         let reads = match patience {
             Patience::Waits => file::read_once,
+            Patience::Known => return Ok(None),
             Patience::AtOnce if is_always_cold() => return Ok(None),
             Patience::AtOnce if self.gives_up.load(Ordering::Relaxed) => file::read_at_once,
             Patience::AtOnce => return self.mapping.read(into, offset).map(Some),
         };
         match (reads(file, into, offset), patience) {
             (Ok(count), _) if count == into.len() => {
-                if patience == Patience::AtOnce {
-                    self.note_found(offset, count);
-                } else {
-                    self.note(offset, count);
-                }
+                self.note_read(offset, count, patience == Patience::AtOnce);
                 Ok(Some(count))
             }
             (Err(error), Patience::AtOnce) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
@@ -165,7 +164,7 @@ impl CachedFile {
                 Ok(None)
             }
             // The mapping tells whether it is the file or the memory, and where.
-            (_, Patience::Waits) => self.mapping.read(into, offset).map(Some),
+            (_, Patience::Waits | Patience::Known) => self.mapping.read(into, offset).map(Some),
         }
     }
 
@@ -179,7 +178,19 @@ impl CachedFile {
         });
     }
 
-    /// Notes that these are, which was not known, and the more of their neighbours the more in a row were so.
+    /// Notes that these bytes have been read from the file, and whether they were in memory already. The more in a row were, the more of their neighbours are
+    /// believed to be too; but not of those that follow on what was read before: the kernel has read them ahead.
+    pub fn note_read(&self, offset: u64, len: usize, found: bool) {
+        if !found {
+            self.found.store(0, Ordering::Relaxed);
+        }
+        if !found || offset.checked_sub(1).is_some_and(|before| self.has_seen(before, 1)) {
+            self.note(offset, len);
+        } else {
+            self.note_found(offset, len);
+        }
+    }
+
     fn note_found(&self, offset: u64, len: usize) {
         let around = match self.found.fetch_add(1, Ordering::Relaxed) {
             ..FOUND_BEFORE_MANY => PAGE_BYTES,
@@ -250,6 +261,19 @@ mod tests {
 
     /// What is written is in memory; a file system that cannot give up rather than wait has no account to test.
     #[test]
+    fn what_readahead_brings_says_nothing_of_what_lies_behind_it() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * ALL_BYTES).unwrap();
+        let cached = CachedFile::new(file).unwrap();
+        for page in 1..2 * u64::from(FOUND_BEFORE_ALL) {
+            cached.note_read(page * PAGE_BYTES, PAGE_BYTES as usize, true);
+        }
+        assert!(cached.has_seen(PAGE_BYTES, PAGE_BYTES as usize) && !cached.has_seen(0, 1));
+        assert!(!cached.has_seen(2 * u64::from(FOUND_BEFORE_ALL) * PAGE_BYTES, 1), "none of these has been read");
+        assert!(cached.read_with(Writable::from_mut_slice(&mut [0; 9]), 0, Patience::Known).unwrap().is_none());
+    }
+
+    #[test]
     fn neighbours_are_believed_to_be_in_memory_after_many_finds_and_forgotten_with_one() {
         let file = tempfile::tempfile().unwrap();
         let bytes = 4 * ALL_BYTES + 3 * PAGE_BYTES;
@@ -268,10 +292,11 @@ mod tests {
             return;
         }
         assert!(has_seen(0, PAGE_BYTES) && !has_seen(PAGE_BYTES, 2 * PAGE_BYTES), "that page alone");
-        for page in 1..u64::from(FOUND_BEFORE_ALL) {
-            read(page);
+        for count in 1..FOUND_BEFORE_ALL {
+            // From the last one down, so that none follows on another.
+            read(u64::from(FOUND_BEFORE_ALL - count));
             // Those that were believed to be there are not found.
-            cached.found.store(page as u32 + 1, Ordering::Relaxed);
+            cached.found.store(count + 1, Ordering::Relaxed);
         }
         assert!(has_seen(32 * PAGE_BYTES, 48 * PAGE_BYTES), "as many as readahead brings");
         assert!(!has_seen(2 * ALL_BYTES, 2 * ALL_BYTES + PAGE_BYTES));

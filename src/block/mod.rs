@@ -12,4 +12,4 @@ pub mod storage;
 mod volume;
 
 pub use error::Error;
-pub use volume::{Batch, Sources, Volume};
+pub use volume::{Batch, Place, Sources, Volume, VolumeFile};

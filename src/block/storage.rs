@@ -31,6 +31,9 @@ pub trait Storage: Send + Sync {
         self.read_at(into, offset).map(|()| true)
     }
 
+    /// Notes that somebody else has read these bytes from the file, and whether they were in memory already.
+    fn note_read(&self, _offset: u64, _len: usize, _found: bool) {}
+
     /// Notes that nobody knows whether these bytes are in memory.
     fn forget(&self, _offset: u64, _len: usize) {}
 
@@ -90,6 +93,10 @@ impl Storage for FileStorage {
         let Some(done) = self.cached.read_with(into, offset, patience)? else { return Ok(false) };
         self.read_rest(into, offset, done)?;
         Ok(true)
+    }
+
+    fn note_read(&self, offset: u64, len: usize, found: bool) {
+        self.cached.note_read(offset, len, found);
     }
 
     fn forget(&self, offset: u64, len: usize) {

@@ -6,6 +6,7 @@
 //! the cluster marked. So two queues that write different sectors of one cluster both win, and a reader sees a cluster
 //! before or after, never between.
 
+use std::fs::File;
 use std::sync::Mutex;
 
 use smallvec::SmallVec;
@@ -69,6 +70,23 @@ impl Batch {
 
 /// Buffers of one piece of a request; more than these are rare and cost an allocation.
 type Pieces<'m> = SmallVec<[Readable<'m>; 32]>;
+
+/// A file below a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VolumeFile {
+    Base,
+    Delta,
+}
+
+/// A part of a read: bytes that lie together in one file.
+pub struct Place<'m> {
+    pub file: VolumeFile,
+    /// Offset in that file, and how many bytes there are.
+    pub offset: u64,
+    pub len: u64,
+    /// What they are to fill, one buffer after another.
+    pub into: SmallVec<[Writable<'m>; 16]>,
+}
 
 /// Where a run of bytes comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -153,6 +171,80 @@ impl<S: Storage> Volume<S> {
         }
         batch.sources.add(&sources);
         Ok(true)
+    }
+
+    /// Where the bytes are that a read at `offset` is to fill `into` with, for somebody else to read them, and noted in `batch` as read. Those that are nowhere are zero
+    /// when this returns.
+    pub fn places<'m>(
+        &self,
+        offset: u64,
+        into: &[Writable<'m>],
+        batch: &mut Batch,
+    ) -> Result<SmallVec<[Place<'m>; 4]>, Error> {
+        let len = total_len_writable(into);
+        self.check_range(offset, len)?;
+        let mut places = SmallVec::<[Place<'m>; 4]>::new();
+        let mut sources = Sources::default();
+        let mut rest = into.iter().copied();
+        let mut current = None::<Writable<'m>>;
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let (source, len) = self.run_at(at, end - at)?;
+            let (file, file_offset, held) = match (source, &self.delta) {
+                (Source::Delta, Some(delta)) => (Some(VolumeFile::Delta), delta.layout().data_at(at), len),
+                (Source::Zero, _) => (None, at, 0),
+                // Behind its end there are zeros.
+                (Source::Base | Source::Delta, _) => {
+                    (Some(VolumeFile::Base), at, self.base.bytes().saturating_sub(at).min(len))
+                }
+            };
+            match source {
+                Source::Base => sources.base += len,
+                Source::Delta => sources.delta += len,
+                Source::Zero => sources.zero += len,
+            }
+            let mut done = 0;
+            while done < len {
+                // The buffers are as long as the range that is split here.
+                let Some(buffer) = current.take().filter(|buffer| !buffer.is_empty()).or_else(|| rest.next()) else {
+                    break;
+                };
+                let limit = (if done < held { held } else { len }) - done;
+                let part = buffer.part(0, limit as usize);
+                current = Some(buffer.part(part.len(), usize::MAX));
+                match file {
+                    Some(file) if done < held && !part.is_empty() => {
+                        let place_offset = file_offset + done;
+                        match places.last_mut() {
+                            Some(last) if last.file == file && last.offset + last.len == place_offset => {
+                                last.len += part.len() as u64;
+                                last.into.push(part);
+                            }
+                            _ => places.push(Place {
+                                file,
+                                offset: place_offset,
+                                len: part.len() as u64,
+                                into: SmallVec::from_slice(&[part]),
+                            }),
+                        }
+                    }
+                    _ => part.fill_zero()?,
+                }
+                done += part.len() as u64;
+            }
+            at += len;
+        }
+        batch.sources.add(&sources);
+        Ok(places)
+    }
+
+    /// Notes that a file has been read there, and whether it was in memory already.
+    pub fn note_read(&self, file: VolumeFile, offset: u64, len: u64, found: bool) {
+        match (file, &self.delta) {
+            (VolumeFile::Delta, Some(delta)) => delta.note_read(offset, len as usize, found),
+            (VolumeFile::Base, _) => self.base.note_read(offset, len as usize, found),
+            (VolumeFile::Delta, None) => {}
+        }
     }
 
     /// Notes that nobody knows whether these bytes are in memory, after a read of them that was to take no time and took some.
@@ -387,6 +479,16 @@ impl<S: Storage> Volume<S> {
         match offset.checked_add(len) {
             Some(end) if end <= self.bytes => Ok(()),
             _ => Err(Error::OutOfRange { offset, len, bytes: self.bytes }),
+        }
+    }
+}
+
+impl Volume<FileStorage> {
+    /// One of the files below, if there is one.
+    pub fn file(&self, which: VolumeFile) -> Option<&File> {
+        match which {
+            VolumeFile::Base => self.base.file(),
+            VolumeFile::Delta => self.delta.as_ref().map(|delta| delta.storage().file()),
         }
     }
 }

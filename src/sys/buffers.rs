@@ -151,6 +151,11 @@ impl<'m> Writable<'m> {
         unsafe { guard::fill_zero(self.raw.iov_base.cast::<u8>(), self.len()) }
     }
 
+    /// Where it lies in this process, and how long it is.
+    pub(super) fn as_raw(&self) -> libc::iovec {
+        self.raw
+    }
+
     /// The same memory, to look at what is in it.
     pub(super) fn as_readable(&self) -> Readable<'m> {
         // SAFETY: what may be written may be read: guest memory is mapped for both, and a unique borrow is too.

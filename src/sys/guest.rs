@@ -149,6 +149,15 @@ impl GuestMemory {
         })
     }
 
+    /// Whether a buffer lies within one of the regions.
+    pub(super) fn holds(&self, buffer: &Writable<'_>) -> bool {
+        let start = buffer.as_raw().iov_base.addr();
+        self.regions.iter().any(|region| {
+            let within = start.wrapping_sub(region.host.addr()) as u64;
+            within < region.place.bytes && buffer.len() as u64 <= region.place.bytes - within
+        })
+    }
+
     /// The guest's address of a fault, if it is of the guest's memory.
     pub fn guest_address_of(&self, fault: Fault) -> Option<u64> {
         self.regions.iter().find_map(|region| {

@@ -18,4 +18,5 @@ pub mod shared;
 pub mod socket;
 #[cfg(fuzzing)]
 pub mod stand_in;
+pub mod uring;
 pub mod watch;

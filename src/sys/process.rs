@@ -28,10 +28,13 @@ pub fn forgo_backtraces() {
     unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
 }
 
-/// As below, but a thread.
+/// As below, but a thread. Numbers among the arguments are of descriptors that a process would have by them.
 #[cfg(fuzzing)]
-pub fn execute_self(_name: &str, _arguments: &[&str], standard_input: OwnedFd) -> io::Result<Running> {
-    Running::start(standard_input)
+pub fn execute_self(_name: &str, arguments: &[&str], standard_input: OwnedFd) -> io::Result<Running> {
+    // SAFETY: whoever starts it has these open, and does meanwhile.
+    let copy = |number: RawFd| unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned();
+    let inherited = arguments.iter().filter_map(|argument| argument.parse().ok()).map(copy);
+    Running::start(standard_input, inherited.collect::<io::Result<_>>()?)
 }
 
 /// Starts this very program again, under the name `name`, with these arguments alone and `standard_input` as its descriptor 0.
@@ -192,29 +195,20 @@ pub fn take_standard_input() -> io::Result<OwnedFd> {
     Ok(descriptor)
 }
 
-/// Closes every descriptor but the first three.
+/// Closes every descriptor but the first three and those of these numbers.
 ///
-/// To be called first thing in a process, while it owns none: whoever started it may have left some open.
-pub fn close_inherited() -> io::Result<()> {
-    // SAFETY: nothing in this process owns a descriptor above 2 yet, by this function's condition.
-    match unsafe { libc::close_range(3, u32::MAX, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Closes every descriptor but the first three and that of `signals`, as [`close_inherited`] does.
-pub fn close_inherited_but(signals: &StopSignals) -> io::Result<()> {
-    let kept = signals.descriptor.as_raw_fd().cast_unsigned();
-    let mut ranges = vec![(kept + 1, u32::MAX)];
-    if kept > 3 {
-        ranges.push((3, kept - 1));
-    }
-    for (first, last) in ranges {
-        // SAFETY: nothing in this process owns a descriptor above 2 but `signals`, by this function's condition.
-        if unsafe { libc::close_range(first, last, 0) } != 0 {
+/// To be called first thing in a process, while it owns no others: whoever started it may have left some open.
+pub fn close_inherited_but(kept: &[RawFd]) -> io::Result<()> {
+    let mut kept: Vec<u32> = kept.iter().filter_map(|number| u32::try_from(*number).ok()).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for last in kept.into_iter().filter(|number| *number >= 3).map(Some).chain([None]) {
+        let end = last.map_or(u32::MAX, |kept| kept - 1);
+        // SAFETY: nothing in this process owns a descriptor above 2 but those that are kept, by this function's condition.
+        if first <= end && unsafe { libc::close_range(first, end, 0) } != 0 {
             return Err(io::Error::last_os_error());
         }
+        first = last.map_or(u32::MAX, |kept| kept + 1);
     }
     Ok(())
 }

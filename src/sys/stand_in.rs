@@ -12,8 +12,8 @@ use std::process::ExitStatus;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// What the thread is to do with its end of the conversation.
-pub type Work = fn(OwnedFd);
+/// What the thread is to do with its end of the conversation, and with what else it has inherited.
+pub type Work = fn(OwnedFd, Vec<OwnedFd>);
 
 /// What is started in place of processes.
 static WORK: Mutex<Option<Work>> = Mutex::new(None);
@@ -41,10 +41,11 @@ pub struct Running {
 
 impl Running {
     /// Starts it.
-    pub fn start(conversation: OwnedFd) -> io::Result<Running> {
+    pub fn start(conversation: OwnedFd, inherited: Vec<OwnedFd>) -> io::Result<Running> {
         let work = (*lock(&WORK)).ok_or_else(|| io::Error::other("nothing is to stand in for a process"))?;
         let kept = conversation.try_clone()?;
-        let thread = std::thread::Builder::new().name("stand-in".to_owned()).spawn(move || work(conversation))?;
+        let thread =
+            std::thread::Builder::new().name("stand-in".to_owned()).spawn(move || work(conversation, inherited))?;
         let mut living = lock(&LIVING);
         living.0 += 1;
         let number = living.0;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::device::SERIAL_BYTES;
 use super::handover::{DeltaState, HandoverError, Keeping, PartState};
+use super::service::Equipment;
 
 /// What to serve, and where.
 pub struct Attachment {
@@ -18,8 +19,8 @@ pub struct Attachment {
     pub endpoint: Endpoint,
     /// What is offered to them.
     pub offer: Offer,
-    /// Where the worker counts what it does ([`super::counters`]).
-    pub counters: File,
+    /// What its workers get besides.
+    pub equipment: Equipment,
     /// What it is called in reports to a controller.
     pub name: String,
     /// A guest may be running from it already, whose past is not known.

@@ -1,4 +1,5 @@
-//! [`Errands`]: requests that have to wait for the disk, carried out by threads that may, so that a queue never does.
+//! [`Errands`]: requests that have to wait for the disk, carried out by threads that may, so that a queue never does: flushes, and reads where
+//! [`super::reads`] cannot have the kernel do them.
 //!
 //! A queue hands over the head of a request, and nothing of what it has read of it: the thread reads the chain and carries the request out from its start,
 //! as the successor of a dead worker would. All queues share the threads. There are none until there is something to wait for, never more than

@@ -4,7 +4,7 @@
 //! one before, so that a host is upgraded step by step; whether it can is found out ahead, by having it read the state ([`CHECK_ARGUMENT`]).
 //!
 //! ```text
-//! magic (8) | version (4, little-endian) | the fields of State, as postcard writes them | from version 2 on: those of Further
+//! magic (8) | version (4, little-endian) | the fields of State, as postcard writes them | those of Further
 //! ```
 //!
 //! Knows no messages and no files but by number.
@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use serde::{Deserialize, Serialize};
 
+use crate::sys::uring::Shape;
 use crate::sys::{file, process, shared, socket};
 
 use super::boot::History;
@@ -32,7 +33,7 @@ pub const CHECK_ARGUMENT: &str = "--check-state";
 
 const MAGIC: [u8; 8] = *b"PANDOKPR";
 /// The version that this program writes. It reads this one and the one before.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Far above the largest: 128 regions and 256 rings.
 const BYTES_MAX: u64 = 1 << 20;
 
@@ -98,21 +99,31 @@ pub struct State {
     pub service: ServiceState,
     /// The front end that is connected.
     pub session: Option<SessionState>,
-    /// What version 1 does not have.
+    /// What earlier versions do not have, or only in part.
     #[serde(skip)]
     pub further: Further,
 }
 
-/// What has come with version 2. A keeper of version 1 goes on with the defaults.
+/// What has come with later versions.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Further {
+    /// From version 2 on.
     pub poll_us: u64,
+    /// From version 3 on. A keeper that has begun without can have none any more.
+    pub rings: Option<RingsState>,
 }
 
 impl Default for Further {
     fn default() -> Further {
-        Further { poll_us: POLL_DEFAULT.as_micros() as u64 }
+        Further { poll_us: POLL_DEFAULT.as_micros() as u64, rings: None }
     }
+}
+
+/// By what workers read what is not in memory.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingsState {
+    pub files: Vec<Kept>,
+    pub shape: Shape,
 }
 
 /// What serves the volume.
@@ -213,7 +224,7 @@ impl State {
         let (state, rest) = postcard::take_from_bytes(rest).map_err(HandoverError::Decode)?;
         let further = match found {
             VERSION => postcard::from_bytes(rest).map_err(HandoverError::Decode)?,
-            _ => Further::default(),
+            _ => Further { poll_us: postcard::from_bytes(rest).map_err(HandoverError::Decode)?, ..Further::default() },
         };
         Ok(State { further, ..state })
     }

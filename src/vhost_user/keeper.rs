@@ -14,14 +14,16 @@ use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use crate::sys::process::{self, StopSignals};
 use crate::sys::sandbox::SandboxError;
 use crate::sys::socket::{self, PacketListener};
+use crate::sys::uring::RingFiles;
 
 use super::attachment::{Attachment, Endpoint, Offer};
 use super::boot::History;
 use super::control::{self, Command, Controllers, Event, Reply, Said};
 use super::conversation::Conversation;
 use super::handover::{self, HandoverError, Keeping, State};
+use super::reads::Io;
 use super::sandbox;
-use super::service::{Management, Rest, Service, WorkerError, chain_of};
+use super::service::{Equipment, Management, Rest, Service, WorkerError, chain_of};
 use super::session::Session;
 
 /// Bytes of a message's header, whose last four say how many follow.
@@ -90,9 +92,9 @@ pub fn serve_controlled(
 /// Serves what descriptor 0 says, until it or a later controller says to stop, or a signal does.
 ///
 /// To be called first thing in the process.
-pub fn serve_managed(signals: &StopSignals) -> Result<(), KeeperError> {
+pub fn serve_managed(signals: &StopSignals, io: Io, queues: u16) -> Result<(), KeeperError> {
     let system = |action| move |source| KeeperError::System { action, source };
-    process::close_inherited_but(signals).map_err(system("close what was left open"))?;
+    process::close_inherited_but(&[signals.as_fd().as_raw_fd()]).map_err(system("close what was left open"))?;
     process::set_name(c"pando-keeper");
     process::leave_session().map_err(system("leave the daemon's session"))?;
     let controller = process::take_standard_input().map_err(system("take the controller's connection"))?;
@@ -103,8 +105,9 @@ pub fn serve_managed(signals: &StopSignals) -> Result<(), KeeperError> {
     if stop {
         return Ok(());
     }
+    let rings = io.rings(queues).map_err(system("make rings for reads"))?;
     sandbox::close_keeper(None)?;
-    let (attachment, listener) = receive_attachment(&controller).inspect_err(|error| {
+    let (attachment, listener) = receive_attachment(&controller, rings).inspect_err(|error| {
         // It may be gone as well.
         let _ = controller.send(&Said::Reply(Reply::Failed(chain_of(error))), &[]);
     })?;
@@ -138,7 +141,7 @@ pub fn resume(signals: &StopSignals) -> Result<(), KeeperError> {
         (stream, false) => Endpoint::Connected(stream.into()),
     };
     let signals = copy(signals.as_fd())?;
-    let service = Mutex::new(Service::thaw(state.service, &state.further, signals, front_ends_of(&endpoint)?)?);
+    let service = Mutex::new(Service::thaw(state.service, state.further, signals, front_ends_of(&endpoint)?)?);
     let mut keeper = Keeper { service: &service, endpoint, stream: None };
     let Some(session) = state.session else {
         let upgraded = keeper.service().prepare_successor();
@@ -198,7 +201,10 @@ fn front_ends_of(endpoint: &Endpoint) -> Result<Option<OwnedFd>, KeeperError> {
 
 type Handler<'k> = BackendReqHandler<Mutex<Session<'k>>>;
 
-fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketListener), KeeperError> {
+fn receive_attachment(
+    controller: &Conversation,
+    rings: Option<RingFiles>,
+) -> Result<(Attachment, PacketListener), KeeperError> {
     let (command, mut descriptors) = controller.receive::<Command>().map_err(WorkerError::from)?;
     let Command::Serve(serve) = command else { return Err(WorkerError::Answer.into()) };
     let mut take = || descriptors.take().map_err(WorkerError::from);
@@ -219,7 +225,7 @@ fn receive_attachment(controller: &Conversation) -> Result<(Attachment, PacketLi
             poll: Duration::from_micros(serve.poll_us),
             incoming: false,
         },
-        counters: File::from(counters),
+        equipment: Equipment { counters: File::from(counters), rings },
         name: serve.name,
         resumed: serve.resumed,
         kernel_from_vmm: serve.kernel_from_vmm,
@@ -232,7 +238,7 @@ fn start(
     signals: &impl AsFd,
     controllers: Controllers,
 ) -> Result<(Mutex<Service>, Endpoint), KeeperError> {
-    let Attachment { part, endpoint, offer, counters, name, resumed, kernel_from_vmm } = attachment;
+    let Attachment { part, endpoint, offer, equipment, name, resumed, kernel_from_vmm } = attachment;
     let front_ends = front_ends_of(&endpoint)?;
     let management = Management {
         controllers,
@@ -243,7 +249,8 @@ fn start(
         stops: false,
         stop_is_awaited: false,
     };
-    let service = Service::start(part, offer, counters, History::new(resumed, kernel_from_vmm), management)?;
+    let history = History::new(resumed, kernel_from_vmm);
+    let service = Service::start(part, offer, equipment, history, management)?;
     Ok((Mutex::new(service), endpoint))
 }
 
@@ -338,6 +345,7 @@ impl<'k> Keeper<'k> {
         };
         let mut service = self.service();
         service.bury()?;
+        let further = service.freeze_further(&mut keeping);
         let state = State {
             sandbox: sandbox::is_closed(),
             log_level: log::max_level() as u8,
@@ -346,7 +354,7 @@ impl<'k> Keeper<'k> {
             endpoint_listens,
             service: service.freeze(&mut keeping),
             session,
-            further: service.freeze_further(),
+            further,
         };
         drop(service);
         Ok(handover::execute(program.as_fd(), &state, &keeping, sandbox::further_arguments()))

@@ -23,6 +23,7 @@ pub mod keeper;
 pub mod order;
 pub mod polling;
 pub mod queue;
+pub mod reads;
 pub mod request;
 pub mod ring;
 pub mod sandbox;

@@ -9,6 +9,8 @@ use crate::block::delta::Lifetime;
 use crate::sys::guest::RegionPlace;
 use crate::sys::socket::DESCRIPTORS_MAX;
 
+use crate::sys::uring::Shape;
+
 use super::device::SERIAL_BYTES;
 use super::inflight::RegionShape;
 use super::ring::RingPlace;
@@ -57,6 +59,8 @@ pub struct VolumeOrder {
     pub poll_us: u64,
     /// How much to log.
     pub log_level: u8,
+    /// Where the parts of the rings lie that the worker was started with; `None`: it has none.
+    pub read_rings: Option<Shape>,
     /// Which boot of the host this is ([`crate::sys::process::boot_id`]).
     pub boot: [u8; 16],
 }

@@ -29,6 +29,7 @@ use super::errands::{Done, Errands, FlushHabit, Inbox, Job};
 use super::hold::Hold;
 use super::order::RingStop;
 use super::polling::Polling;
+use super::reads::{Finished, ReadRequest, Reads, Rings};
 use super::request::{self, Errand, Manner, RequestError, Status};
 use super::ring::{Chain, Ring, RingError};
 use super::steps::{self, Step};
@@ -62,6 +63,8 @@ pub struct Queue {
     pub polling: Polling,
     /// Who waits for the disk.
     pub errands: Arc<Errands>,
+    /// By what the kernel reads meanwhile, if that can be had.
+    pub read_rings: Option<Arc<Rings>>,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -193,12 +196,15 @@ struct Completion<'m> {
 }
 
 /// Requests of a queue that others carry out.
-struct Away {
+struct Away<'m> {
     inbox: Arc<Inbox>,
     /// How many have not come back.
     count: usize,
     /// Those that have, while they are looked at.
     back: Vec<Done>,
+    /// Those that the kernel carries out, and of these what it is done with, while that is looked at.
+    reads: Reads<'m>,
+    read: Vec<Finished<'m>>,
     /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
     copied: Vec<(u64, u64)>,
     /// Whether flushes had better not be among them, and whether one is that nothing has come beside.
@@ -209,16 +215,7 @@ struct Away {
 impl Queue {
     fn serve(mut self, epoll: &Epoll, stop: &Stop, inbox: Arc<Inbox>) -> RingStop {
         let mut complaints = Complaints::new(self.index);
-        let mut away = Away {
-            inbox,
-            count: 0,
-            back: Vec::new(),
-            copied: Vec::new(),
-            habit: FlushHabit::default(),
-            lone_flush: false,
-        };
-        let result = self.serve_until_stopped(epoll, stop, &mut away, &mut complaints);
-        drop(away);
+        let result = self.serve_until_stopped(epoll, stop, inbox, &mut complaints);
         if let Err(error) = result {
             log::error!("ring {}: {error}; it is served no further", self.index);
             if let Some(report) = &self.error
@@ -245,10 +242,21 @@ impl Queue {
         &mut self,
         epoll: &Epoll,
         stop: &Stop,
-        away: &mut Away,
+        inbox: Arc<Inbox>,
         complaints: &mut Complaints,
     ) -> Result<(), QueueError> {
         let memory = Arc::clone(&self.memory);
+        let mut away = Away {
+            inbox,
+            count: 0,
+            back: Vec::new(),
+            // What the kernel writes is not noted: threads do that while a log is kept.
+            reads: Reads::new(self.read_rings.clone().filter(|_| self.log.is_none())),
+            read: Vec::new(),
+            copied: Vec::new(),
+            habit: FlushHabit::default(),
+            lone_flush: false,
+        };
         let mut batch = Batch::default();
         let mut tally = Tally::default();
         let mut chain = Chain { written: self.log.is_some().then(Vec::new), ..Chain::default() };
@@ -264,7 +272,9 @@ impl Queue {
         let mut idle_since = None;
         loop {
             let stops = self.again.is_empty() && stop.asked.load(Ordering::Acquire);
-            if stops && away.count > 0 {
+            if stops && away.reads.count() > 0 {
+                away.reads.wait().map_err(QueueError::Wait)?;
+            } else if stops && away.count > 0 {
                 away.inbox.wait();
             } else if stops {
                 // What waits for room waits on where this ring goes, unless nobody there knows of it.
@@ -278,16 +288,17 @@ impl Queue {
             }
             // What was taken before comes alone, ahead of all that never was.
             let waiting = if self.again.is_empty() && !stops { self.ring.waiting()? } else { 0 };
-            if waiting > 0 || !self.again.is_empty() || away.inbox.has_some() {
+            if waiting > 0 || !self.again.is_empty() || away.has_some() {
                 let taken = Instant::now();
                 if let Some(since) = idle_since.take() {
                     self.polling.came_after(taken - since);
                 }
                 self.vitals.begin(self.index);
-                self.take_back(away, &mut completions, complaints);
+                self.take_back(&mut away, &mut completions, complaints);
+                self.take_reads(&mut away, &mut completions, complaints);
                 let batch_of = (taken, waiting);
-                let result =
-                    self.serve_batch(batch_of, &memory, &mut chain, &mut completions, &mut batch, away, complaints);
+                let all = (&mut completions, &mut batch, &mut away);
+                let result = self.serve_batch(batch_of, &memory, &mut chain, all, epoll, complaints);
                 // What was taken is completed also when the ring broke behind it.
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 let shown = Instant::now();
@@ -295,15 +306,16 @@ impl Queue {
                     away.copied.iter().for_each(|(offset, len)| self.volume.forget(*offset, *len));
                 }
                 away.copied.clear();
+                away.reads.submit(&self.volume);
                 tally.count(&self.counters, self.index, shown - taken);
-                if away.count > 0 {
+                if away.is_waited_for() {
                     self.vitals.go_on(self.index);
                 } else {
                     self.vitals.end(self.index);
                 }
                 idle_since = Some(shown);
                 result?;
-            } else if !self.poll(idle_since, stop, away)? {
+            } else if !self.poll(idle_since, stop, &away)? {
                 if !self.resume_kicks() {
                     epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
                 }
@@ -316,7 +328,7 @@ impl Queue {
     }
 
     /// Takes what has come back, to be shown to the driver.
-    fn take_back(&mut self, away: &mut Away, completions: &mut Vec<Completion<'_>>, complaints: &mut Complaints) {
+    fn take_back(&mut self, away: &mut Away<'_>, completions: &mut Vec<Completion<'_>>, complaints: &mut Complaints) {
         if !away.inbox.has_some() {
             return;
         }
@@ -353,15 +365,53 @@ impl Queue {
         }
     }
 
-    #[expect(clippy::too_many_arguments)]
+    /// Takes the reads that the kernel is done with, to be shown to the driver. What it has not read others have to.
+    fn take_reads<'m>(
+        &mut self,
+        away: &mut Away<'m>,
+        completions: &mut Vec<Completion<'m>>,
+        complaints: &mut Complaints,
+    ) {
+        if !away.reads.has_some() {
+            return;
+        }
+        let mut read = std::mem::take(&mut away.read);
+        away.reads.take(&self.volume, &mut read);
+        for Finished { request: ReadRequest { head, taken, status_place, .. }, bytes, sources, failed } in
+            read.drain(..)
+        {
+            if failed {
+                if !self.send_away(Errand::Read, head, taken, away, complaints) {
+                    away.reads.give_up();
+                    self.again.push_back(head);
+                }
+                continue;
+            }
+            let mut tally = Tally::default();
+            tally.sources = sources;
+            tally.note(Kind::Read, bytes.into(), false);
+            tally.count(&self.counters, self.index, taken.elapsed());
+            completions.push(Completion {
+                head,
+                kind: Kind::Read,
+                bytes: bytes.into(),
+                data_bytes: bytes,
+                status: Status::Ok,
+                status_place: Some(status_place),
+                wrote: false,
+                is_late: true,
+            });
+        }
+        away.read = read;
+    }
+
     fn serve_batch<'m>(
         &mut self,
         (taken, waiting): (Instant, u16),
-        memory: &'m GuestMemory,
+        memory: &'m Arc<GuestMemory>,
         chain: &mut Chain<'m>,
-        completions: &mut Vec<Completion<'m>>,
-        batch: &mut Batch,
-        away: &mut Away,
+        (completions, batch, away): (&mut Vec<Completion<'m>>, &mut Batch, &mut Away<'m>),
+        epoll: &Epoll,
         complaints: &mut Complaints,
     ) -> Result<(), RingError> {
         let mut bytes = 0;
@@ -402,10 +452,24 @@ impl Queue {
                 continue;
             }
             let serial = &self.device.description().serial;
-            let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::AtOnce);
+            let manner = Manner::AtOnce(away.reads.patience());
+            let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, manner);
             if let Some(errand) = outcome.errand {
-                let is_lone = errand == Errand::Flush && waiting == 0 && completions.is_empty() && away.count == 0;
+                let is_lone =
+                    errand == Errand::Flush && waiting == 0 && completions.is_empty() && !away.is_waited_for();
                 let stays = is_lone && away.habit.is_alone() && !self.volume.is_flushing();
+                if errand == Errand::Read
+                    && let Some((status_place, data)) = chain.writable.split_last()
+                    && away.reads.begin(
+                        ReadRequest { head, taken, offset: outcome.offset, status_place: *status_place },
+                        data,
+                        &self.volume,
+                        memory,
+                        epoll,
+                    )
+                {
+                    continue;
+                }
                 // One that waits for room is tried again by this queue, and not by two at once.
                 if !stays && !self.hold.contains(head) && self.send_away(errand, head, taken, away, complaints) {
                     away.lone_flush = is_lone;
@@ -452,7 +516,7 @@ impl Queue {
         errand: Errand,
         head: u16,
         taken: Instant,
-        away: &mut Away,
+        away: &mut Away<'_>,
         complaints: &mut Complaints,
     ) -> bool {
         let job = Job {
@@ -476,7 +540,7 @@ impl Queue {
     }
 
     /// Looks at the ring for a while, if that is worth it, when requests ran out at `since`. Whether there is something to do.
-    fn poll(&mut self, since: Option<Instant>, stop: &Stop, away: &Away) -> Result<bool, RingError> {
+    fn poll(&mut self, since: Option<Instant>, stop: &Stop, away: &Away<'_>) -> Result<bool, RingError> {
         /// Between two looks at the clock.
         const LOOKS: u32 = 8;
         let Some(since) = since.filter(|_| self.hold.is_empty()) else { return Ok(false) };
@@ -485,7 +549,7 @@ impl Queue {
         let mut last = since;
         loop {
             for _ in 0..LOOKS {
-                if self.ring.waiting()? > 0 || away.inbox.has_some() || stop.asked.load(Ordering::Acquire) {
+                if self.ring.waiting()? > 0 || away.has_some() || stop.asked.load(Ordering::Acquire) {
                     self.polling.was_left_alone();
                     return Ok(true);
                 }
@@ -593,14 +657,25 @@ impl Queue {
     }
 }
 
-impl Drop for Away {
+impl Drop for Away<'_> {
     fn drop(&mut self) {
         // They write to the guest's memory until they are back, whatever becomes of the ring.
         self.wait_for_all();
     }
 }
 
-impl Away {
+impl Away<'_> {
+    /// Whether any has not come back.
+    fn is_waited_for(&self) -> bool {
+        self.count > 0 || self.reads.count() > 0
+    }
+
+    /// Whether one has.
+    #[inline]
+    fn has_some(&self) -> bool {
+        self.inbox.has_some() || self.reads.has_some()
+    }
+
     fn wait_for_all(&mut self) {
         while self.count > 0 {
             self.inbox.wait();

@@ -107,8 +107,8 @@ impl RequestError {
 /// How a request is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manner {
-    /// Not at all, if it would have to wait for the disk.
-    AtOnce,
+    /// Not at all, if it would have to wait for the disk, as far as that is known or found out.
+    AtOnce(Patience),
     /// It is one that has to wait, and may.
     Waits,
     /// It is a flush, and all has been flushed since it was taken.
@@ -190,15 +190,15 @@ fn carry_out(
 ) -> Result<(), RequestError> {
     let (header, first) = take_header(chain)?;
     let readable = &chain.readable[first..];
-    if manner != Manner::AtOnce && !matches!(header.kind, virtio_blk::VIRTIO_BLK_T_IN | virtio_blk::VIRTIO_BLK_T_FLUSH)
-    {
+    let is_first = matches!(manner, Manner::AtOnce(_));
+    if !is_first && !matches!(header.kind, virtio_blk::VIRTIO_BLK_T_IN | virtio_blk::VIRTIO_BLK_T_FLUSH) {
         return Err(RequestError::Changed);
     }
     match header.kind {
         virtio_blk::VIRTIO_BLK_T_IN => {
             outcome.kind = Kind::Read;
             let len = check_data(total_len_writable(&chain.writable))?;
-            let patience = if manner == Manner::AtOnce { Patience::AtOnce } else { Patience::Waits };
+            let patience = if let Manner::AtOnce(patience) = manner { patience } else { Patience::Waits };
             let offset = offset_of(header.sector)?;
             if !volume.read_in_batch(offset, &chain.writable, batch, patience)? {
                 outcome.errand = Some(Errand::Read);
@@ -215,9 +215,9 @@ fn carry_out(
         virtio_blk::VIRTIO_BLK_T_FLUSH => {
             outcome.kind = Kind::Flush;
             match manner {
-                Manner::AtOnce if volume.has_to_sync() => outcome.errand = Some(Errand::Flush),
+                Manner::AtOnce(_) if volume.has_to_sync() => outcome.errand = Some(Errand::Flush),
                 Manner::Flushed => {}
-                Manner::AtOnce | Manner::Waits => volume.flush()?,
+                Manner::AtOnce(_) | Manner::Waits => volume.flush()?,
             }
             Ok(())
         }

@@ -50,6 +50,8 @@ const HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const TO_CHANGE: i32 = libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC;
 /// The end of one process, and not of a group (a negative number) or of all (-1).
 const ONE_DEAD: &[Argument] = &[is(1, libc::SIGKILL), lacks(0, i32::MIN)];
+/// Other files for a ring to read from. Rings are made ahead of the sandbox, and do nothing but that (`sys/uring.rs`).
+const UPDATE_FILES: &[Argument] = &[is(1, crate::sys::uring::UPDATE_FILES)];
 /// Memory that is not executed.
 const NO_CODE: &[Argument] = &[lacks(2, libc::PROT_EXEC)];
 /// Code, from a file, that is not written.
@@ -86,6 +88,8 @@ pub const WORKER: &[Call] = &[
     Call::any("pwritev", libc::SYS_pwritev, "data, marks, maps"),
     Call::with("fallocate", libc::SYS_fallocate, &[is(1, HOLE)], "what was discarded; a log that is void"),
     Call::any("fdatasync", libc::SYS_fdatasync, "a flush"),
+    Call::any("io_uring_enter", libc::SYS_io_uring_enter, "reads that the kernel carries out meanwhile"),
+    Call::with("io_uring_register", libc::SYS_io_uring_register, UPDATE_FILES, "which files these are of"),
     Call::any("getrandom", libc::SYS_getrandom, "what tells the logs of two sessions apart"),
     // A ring's thread.
     Call::with("clone", libc::SYS_clone, &[is(0, THREAD)], "it starts; no process does"),

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::block::{self, Volume};
 use crate::sys::guard;
 use crate::sys::guest::{DirtyLog, GuestMemory, MapError, RegionPlace, SharedArea};
 use crate::sys::process;
+use crate::sys::socket;
 use crate::units::ClusterSize;
 
 use super::conversation::{Conversation, ConversationError, Descriptors};
@@ -29,6 +30,7 @@ use super::inflight::{InflightError, RegionShape};
 use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
 use super::polling::Polling;
 use super::queue::{Queue, QueueLog, RunningQueue};
+use super::reads::Rings;
 use super::ring::{self, Ring, RingError};
 use super::sandbox;
 use super::service::chain_of;
@@ -37,6 +39,8 @@ use super::vitals::{self, Vitals};
 
 /// The argument by which the program knows that it is to be a worker.
 pub const WORKER_ARGUMENT: &str = "--worker";
+/// The argument ahead of the number of each descriptor that is a ring for its reads.
+pub const RING_ARGUMENT: &str = "--ring";
 
 /// Why an order was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -92,11 +96,13 @@ enum WorkerError {
 /// Serves as a worker until the keeper says to close, or is gone.
 ///
 /// To be called first thing in the process. Its standard input is the conversation with the keeper. Nothing is read there outside the sandbox.
-pub fn run() -> io::Result<()> {
+/// `rings` are the numbers of descriptors that it was started with.
+pub fn run(rings: &[RawFd]) -> io::Result<()> {
     // One that notices late that its keeper is gone would serve the guest's rings beside the worker of the next.
     process::die_with_parent()?;
     guard::install()?;
-    process::close_inherited()?;
+    process::close_inherited_but(rings)?;
+    let rings = rings.iter().map(|ring| socket::inherited(*ring)).collect::<io::Result<Vec<_>>>()?;
     process::allow_interrupts()?;
     process::settle_allocator();
     process::set_name(c"pando-worker");
@@ -104,15 +110,15 @@ pub fn run() -> io::Result<()> {
     cached::choose();
     let conversation = Conversation::over(process::standard_input().into(), "keeper");
     let watch = sandbox::close_worker().map_err(io::Error::other)?;
-    serve(&conversation, &mut None, watch)
+    serve(&conversation, &mut None, rings, watch)
 }
 
 /// As [`run`], in a thread that stands in for the process: what the end of a process ends is ended here, and completes what it has taken.
 #[cfg(fuzzing)]
-pub fn stand_in(conversation: std::os::fd::OwnedFd) {
+pub fn stand_in(conversation: OwnedFd, rings: Vec<OwnedFd>) {
     let mut worker = None;
     let conversation = Conversation::over(conversation.into(), "keeper");
-    let serves = std::panic::AssertUnwindSafe(|| serve(&conversation, &mut worker, None));
+    let serves = std::panic::AssertUnwindSafe(|| serve(&conversation, &mut worker, rings, None));
     // Whoever listens is told that it is gone, as of any worker that fails.
     let _ = std::panic::catch_unwind(serves);
     for ring in worker.into_iter().flat_map(|worker| worker.rings.into_values()) {
@@ -121,8 +127,13 @@ pub fn stand_in(conversation: std::os::fd::OwnedFd) {
     }
 }
 
-/// `watch` goes to the keeper with the first answer.
-fn serve(conversation: &Conversation, worker: &mut Option<Worker>, mut watch: Option<OwnedFd>) -> io::Result<()> {
+/// `rings` are for the volume's reads. `watch` goes to the keeper with the first answer.
+fn serve(
+    conversation: &Conversation,
+    worker: &mut Option<Worker>,
+    mut rings: Vec<OwnedFd>,
+    mut watch: Option<OwnedFd>,
+) -> io::Result<()> {
     loop {
         let (order, descriptors) = match conversation.receive() {
             Ok(received) => received,
@@ -133,7 +144,7 @@ fn serve(conversation: &Conversation, worker: &mut Option<Worker>, mut watch: Op
             Err(error) => return Err(io::Error::other(error)),
         };
         let mut closes = matches!(order, Order::Close);
-        let answer = match carry_out(worker, order, descriptors) {
+        let answer = match carry_out(worker, order, descriptors, &mut rings) {
             Ok(answer) => answer,
             Err(error) => {
                 // Not closed: it is still the one that knows what was lost.
@@ -153,10 +164,15 @@ fn serve(conversation: &Conversation, worker: &mut Option<Worker>, mut watch: Op
     }
 }
 
-fn carry_out(worker: &mut Option<Worker>, order: Order, descriptors: Descriptors) -> Result<Answer, WorkerError> {
+fn carry_out(
+    worker: &mut Option<Worker>,
+    order: Order,
+    descriptors: Descriptors,
+    rings: &mut Vec<OwnedFd>,
+) -> Result<Answer, WorkerError> {
     match (worker.as_mut(), order) {
         (None, Order::Open(order)) => {
-            let (opened, started) = Worker::open(&order, descriptors)?;
+            let (opened, started) = Worker::open(&order, descriptors, std::mem::take(rings))?;
             *worker = Some(started);
             Ok(Answer::Opened(opened))
         }
@@ -195,6 +211,8 @@ struct Worker {
     poll: Duration,
     /// Who waits for the disk, so that queues do not.
     errands: Arc<Errands>,
+    /// By what queues have the kernel read meanwhile.
+    read_rings: Option<Arc<Rings>>,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -213,7 +231,11 @@ struct RingEvents {
 }
 
 impl Worker {
-    fn open(order: &VolumeOrder, mut descriptors: Descriptors) -> Result<(Opened, Worker), WorkerError> {
+    fn open(
+        order: &VolumeOrder,
+        mut descriptors: Descriptors,
+        rings: Vec<OwnedFd>,
+    ) -> Result<(Opened, Worker), WorkerError> {
         if let Some(level) = log::LevelFilter::iter().nth(order.log_level.into()) {
             log::set_max_level(level);
         }
@@ -261,6 +283,7 @@ impl Worker {
             vitals: Arc::new(vitals),
             hold: Duration::from_millis(order.hold_ms),
             poll: Duration::from_micros(order.poll_us),
+            read_rings: order.read_rings.map(|shape| Arc::new(Rings::new(rings, shape))),
             rings: BTreeMap::new(),
         };
         Ok((opened, worker))
@@ -361,6 +384,7 @@ impl Worker {
             hold: Hold::new(self.hold),
             polling: Polling::new(self.poll),
             errands: Arc::clone(&self.errands),
+            read_rings: self.read_rings.clone(),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),

@@ -82,8 +82,11 @@ fn check_attempts(process: &str, attempts: &[(&str, Comes)]) {
 }
 
 /// What neither of the two can do.
-const FORBIDDEN: [(&str, Comes); 11] = [
+const FORBIDDEN: [(&str, Comes); 13] = [
     ("socket", SYS),
+    // By one of its own it could do what its system calls cannot.
+    ("ring", SYS),
+    ("ring-buffers", SYS),
     ("fork", SYS),
     ("namespace", SYS),
     ("signal 1", SYS),

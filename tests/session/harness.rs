@@ -132,13 +132,25 @@ pub fn text(path: &Path) -> &str {
 
 thread_local! {
     static IS_COLD: Cell<bool> = const { Cell::new(false) };
+    static IO: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
-/// Runs a test whose backends find nothing in memory, so that all that they read has to wait.
-pub fn cold(test: impl FnOnce()) {
+/// What backends are told to read by what is not in memory, where a test does not say it: in a host's variable, for a run of all tests with either.
+const IO_VARIABLE: &str = "PANDO_TEST_IO";
+
+/// Runs a test whose backends find nothing in memory, so that all that they read has to wait: for the kernel, and once more for threads.
+pub fn cold(test: impl Fn()) {
+    cold_by("auto", &test);
+    cold_by("threads", &test);
+}
+
+/// As [`cold`], in one way.
+pub fn cold_by(io: &'static str, test: impl Fn()) {
     IS_COLD.set(true);
+    IO.set(Some(io));
     test();
     IS_COLD.set(false);
+    IO.set(None);
 }
 
 /// The program, not started yet.
@@ -205,6 +217,10 @@ impl Backend {
 
     /// As [`Backend::start`], from a command that is complete.
     pub fn start_command(command: &mut Command, socket: &Path) -> Backend {
+        let says = command.get_args().any(|argument| argument == "--io");
+        if let Some(io) = IO.get().map(str::to_owned).or_else(|| std::env::var(IO_VARIABLE).ok()).filter(|_| !says) {
+            command.args(["--io", &io]);
+        }
         let mut child = command.stderr(Stdio::piped()).spawn().expect("the program starts");
         let log = Log::default();
         let mut errors = BufReader::new(child.stderr.take().expect("standard error is a pipe"));

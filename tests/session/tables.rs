@@ -73,10 +73,11 @@ fn execute(
 /// A front end that comes, has a request of each kind carried out, and goes.
 fn be_served(backend: &mut Backend, client: &mut Client) -> Result<(), Broken> {
     let queue = &mut client.queues[0];
-    execute(backend, queue, IN, 0, &[], SECTOR)?;
-    execute(backend, queue, OUT, 8, &[7; 8 * SECTOR], 0)?;
+    // What the last one has written, if there was one.
+    execute(backend, queue, IN, 8, &[], SECTOR)?;
+    execute(backend, queue, OUT, 8, &[7; 16 * SECTOR], 0)?;
     execute(backend, queue, FLUSH, 0, &[], 0)?;
-    execute(backend, queue, DISCARD, 0, &range_bytes(&[(8, 8, 0)]), 0)
+    execute(backend, queue, DISCARD, 0, &range_bytes(&[(16, 8, 0)]), 0)
 }
 
 /// The keeper may have no more descriptors than it has, when the first front end comes.
@@ -145,7 +146,7 @@ enum Part {
     Alone,
     /// The next one, which finds a long log of the last.
     Next,
-    /// For a guest that comes from elsewhere.
+    /// For a guest that comes from elsewhere; reads are left to threads.
     Incoming,
     /// Managed; its volume grows, and it executes another program in its place.
     Managed,
@@ -169,6 +170,7 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
     }
     command.args(["--blank", "--delta", text(&delta), "--socket-path", text(&socket)]);
     command.args(if part == Part::Incoming { &["--incoming"][..] } else { &["--create", "--size", "16G"] });
+    command.args(["--io", if part == Part::Incoming { "threads" } else { "auto" }]);
     if part == Part::Aborts {
         command.env("PANDO_ATTEMPT", "worker:abort");
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use pando::sys::shared;
 use pando::vhost_user::boot::{Driver, History, RingStart, Start};
 use pando::vhost_user::control::{Command, Reply};
-use pando::vhost_user::handover::{Further, State};
+use pando::vhost_user::handover::{Further, HandoverError, State};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -155,15 +155,19 @@ fn what_is_staged_and_what_boots_have_been_seen_is_handed_over() {
     assert_eq!(client.queues[0].read(0, SECTOR), [0x22; SECTOR]);
 }
 
-/// States as versions 1 and 2 wrote them: whatever programs come, these are understood by those that know the version.
+/// States as earlier versions wrote them: whatever programs come, these are understood by those that know the version.
 #[test]
 fn frozen_states_of_this_version_and_the_one_before_are_read() {
-    let frozen = include_bytes!("../frozen/keeper-state-2");
-    let before = State::decode(include_bytes!("../frozen/keeper-state-1")).expect("a state of version 1");
-    assert_eq!(before.further, Further::default(), "what version 1 does not have is as ever");
-    let state = State::decode(frozen).expect("a state of version 2");
-    assert_eq!(state.further, Further { poll_us: 77 });
-    assert_eq!(State { further: Further::default(), ..State::decode(frozen).expect("the same") }, before);
+    let frozen = include_bytes!("../frozen/keeper-state-3");
+    let oldest = State::decode(include_bytes!("../frozen/keeper-state-1"));
+    assert!(matches!(oldest, Err(HandoverError::Version { found: 1 })));
+    let before = State::decode(include_bytes!("../frozen/keeper-state-2")).expect("a state of version 2");
+    assert_eq!(before.further, Further { poll_us: 77, rings: None }, "what version 2 does not have there is none of");
+    let state = State::decode(frozen).expect("a state of version 3");
+    assert_eq!(state.further.poll_us, 77);
+    assert_eq!(state.further.rings.as_ref().map(|rings| rings.files.len()), Some(2));
+    let without = Further { poll_us: 77, rings: None };
+    assert_eq!(State { further: without, ..State::decode(frozen).expect("the same") }, before);
     assert_eq!(state.service.name, "vm-1/os");
     assert_eq!(state.session.as_ref().map(|session| (session.rings.len(), session.regions.len())), Some((2, 2)));
     let mut history = History::new(false, false);
@@ -171,5 +175,5 @@ fn frozen_states_of_this_version_and_the_one_before_are_read() {
     history.start(&Start { driver: Driver::OperatingSystem, new_connection: true, rings });
     history.stopped(0, 77);
     assert_eq!(state.service.history, history);
-    assert_eq!(state.encode().expect("a state"), frozen, "this program writes version 2");
+    assert_eq!(state.encode().expect("a state"), frozen, "this program writes version 3");
 }

@@ -1,15 +1,17 @@
 //! Requests that wait for the disk, which others than the ring's own thread carry out: here nothing counts as being in memory, so that all reads
 //! are such. What holds of requests otherwise holds of them.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rustix::fs::Advice;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use super::client::{Client, Profile, check_served};
-use super::deaths::{Killer, check_all, profile, storms, work};
-use super::harness::{Disk, SECTOR, cold, text, wait_until};
+use super::deaths::{Killer, check_all, kill_worker, profile, storms, work};
+use super::harness::{Backend, Disk, SECTOR, cold, cold_by, text, wait_until};
 use super::{drain, gone, hostile, migration, requests};
 
 const DISK_BYTES: usize = 8 << 20;
@@ -37,7 +39,7 @@ fn workers_that_are_killed_meanwhile_are_never_noticed() {
 #[test]
 fn a_worker_at_rest_keeps_no_threads_for_them() {
     let threads_of = |process| std::fs::read_dir(format!("/proc/{process}/task")).expect("it lives").count();
-    cold(|| {
+    cold_by("threads", || {
         let disk = Disk::new(DISK_BYTES);
         let backend = disk.serve();
         let mut client = Client::start(&backend, &Profile::qemu());
@@ -45,6 +47,67 @@ fn a_worker_at_rest_keeps_no_threads_for_them() {
         assert!(client.queues[0].read(0, SECTOR) == disk.contents[..SECTOR]);
         assert!(threads_of(backend.worker()) > before, "another than the ring's thread has read");
         wait_until("they have ended", || threads_of(backend.worker()) == before);
+    });
+}
+
+/// As on hosts that forbid io_uring by a filter of system calls, and by a setting: the call fails.
+#[test]
+fn where_io_uring_is_forbidden_threads_read_and_that_is_said_once() {
+    let forbidden = BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]);
+    let answer = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let architecture = TargetArch::try_from(std::env::consts::ARCH).expect("a known one");
+    let filter = SeccompFilter::new(forbidden, SeccompAction::Allow, answer, architecture).expect("a filter");
+    let filter = BpfProgram::try_from(filter).expect("a program");
+    // Of this thread, and of those that it starts.
+    let forbids = std::thread::spawn(move || {
+        seccompiler::apply_filter(&filter).expect("the kernel filters");
+        let disk = Disk::new(DISK_BYTES);
+        cold_by("auto", || {
+            let backend = disk.serve();
+            let mut client = Client::start(&backend, &Profile::qemu());
+            assert!(client.queues[0].read(0, SECTOR) == disk.contents[..SECTOR]);
+            let said = backend.log().text();
+            assert_eq!(said.matches("no io_uring here (Operation not permitted").count(), 1, "{said}");
+        });
+        let (base, socket) = (disk.base(), disk.path("socket"));
+        let asks = ["--base", text(&base), "--read-only", "--socket-path", text(&socket), "--io", "io_uring"];
+        let mut backend = Backend::start(&asks, &socket);
+        assert_eq!(backend.wait().code(), Some(1));
+        backend.log().expect_after(0, &["--io io_uring: cannot make a ring", "Operation not permitted"]);
+    });
+    forbids.join().expect("it went well");
+}
+
+/// Where there are rings, and nothing is in memory, no thread waits for the disk.
+#[test]
+fn the_kernel_reads_where_it_can() {
+    let threads_of = |process| std::fs::read_dir(format!("/proc/{process}/task")).expect("it lives").count();
+    let disk = Disk::new(DISK_BYTES);
+    cold_by("auto", || {
+        let backend = disk.serve_with(&["--queues", "6"]);
+        if backend.log().text().contains("no io_uring here") {
+            println!("skipped: no io_uring here");
+            return;
+        }
+        let mut client = Client::start(&backend, &Profile { queues: 6, ..Profile::qemu() });
+        let before = threads_of(backend.worker());
+        for round in 0..3 {
+            for index in 0..6 {
+                let sector = 8 * (6 * round + index) as u64;
+                let expected = &disk.contents[sector as usize * SECTOR..][..8 * SECTOR];
+                assert!(client.queues[index].read(sector, 8 * SECTOR) == *expected, "queue {index}");
+                // Of the six queues, four get rings.
+                assert_eq!(threads_of(backend.worker()) > before, (round, index) >= (0, 4), "round {round}, {index}");
+            }
+        }
+        kill_worker(&backend);
+        assert!(client.queues[5].read(0, SECTOR) == disk.contents[..SECTOR]);
+        let worker = backend.worker();
+        let at_rest = threads_of(worker);
+        for index in 0..3 {
+            assert!(client.queues[index].read(0, SECTOR) == disk.contents[..SECTOR]);
+        }
+        assert_eq!(threads_of(worker), at_rest, "the next worker has the rings of the last");
     });
 }
 

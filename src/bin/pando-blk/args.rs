@@ -14,9 +14,9 @@ use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::handover::{CHECK_ARGUMENT, RESUME_ARGUMENT};
 use pando::vhost_user::polling::{POLL_DEFAULT, POLL_MAX};
+use pando::vhost_user::reads::Io;
 use pando::vhost_user::ring::RING_SIZE_MAX;
-use pando::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
-use pando::vhost_user::worker::WORKER_ARGUMENT;
+use pando::vhost_user::worker::{RING_ARGUMENT, WORKER_ARGUMENT};
 
 const HELP: &str = "\
 Serves one volume to a virtual machine over vhost-user-blk.
@@ -51,6 +51,8 @@ What is offered:
   --serial TEXT        the disk's serial number, up to 20 characters (one of its own for each delta)
 
 How it waits:
+  --io WAY             by what it reads what is not in memory: io_uring, threads, or auto (the default): io_uring where the
+                       host has it and allows it, and threads elsewhere
   --poll-us N          a queue that runs out of requests looks for the next one for up to N microseconds before it sleeps,
                        while requests lately came that soon and nothing else wants the processor (50; 0: it sleeps at once)
 
@@ -70,10 +72,10 @@ const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\"read-o
 
 /// What the process is to do.
 pub enum Invocation {
-    /// Be a worker; only ever asked for by a keeper.
-    Worker { sandbox: bool },
-    /// Serve what descriptor 0 says; only ever asked for by a daemon.
-    Managed { sandbox: bool },
+    /// Be a worker, with these descriptors as rings; only ever asked for by a keeper.
+    Worker { sandbox: bool, rings: Vec<RawFd> },
+    /// Serve what descriptor 0 says, with so many virtqueues; only ever asked for by a daemon.
+    Managed { sandbox: bool, io: Io, queues: u16 },
     /// Go on as the keeper whose state descriptor 0 is; only ever asked for by that keeper.
     Resume { sandbox: bool },
     /// Say whether that could be done.
@@ -96,6 +98,7 @@ pub struct Options {
     pub tracks_inflight: bool,
     pub hold: Duration,
     pub poll: Duration,
+    pub io: Io,
     pub log_level: log::LevelFilter,
     pub sandbox: bool,
 }
@@ -151,27 +154,15 @@ struct Typed {
     on_full: Option<OnFull>,
     hold_timeout: Option<Duration>,
     poll_us: Option<u64>,
+    io: Option<Io>,
     log_level: Option<log::LevelFilter>,
     no_sandbox: bool,
 }
 
 /// Reads the command line.
 pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
-    for sandbox in [true, false] {
-        let is =
-            |role| arguments.iter().skip(1).eq([role].into_iter().chain((!sandbox).then_some(NO_SANDBOX_ARGUMENT)));
-        if is(WORKER_ARGUMENT) {
-            return Ok(Invocation::Worker { sandbox });
-        }
-        if is(MANAGED_ARGUMENT) {
-            return Ok(Invocation::Managed { sandbox });
-        }
-        if is(RESUME_ARGUMENT) {
-            return Ok(Invocation::Resume { sandbox });
-        }
-        if is(CHECK_ARGUMENT) {
-            return Ok(Invocation::CheckState);
-        }
+    if let Some(invocation) = parse_role(arguments)? {
+        return Ok(invocation);
     }
     // By QEMU's conventions, everything else is ignored then.
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
@@ -206,6 +197,7 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
                 let time: humantime::Duration = value(&mut parser, "--hold-timeout")?;
                 once(&mut typed.hold_timeout, "--hold-timeout", time.into())?;
             }
+            Long("io") => once(&mut typed.io, "--io", value(&mut parser, "--io")?)?,
             Long("poll-us") => once(&mut typed.poll_us, "--poll-us", value(&mut parser, "--poll-us")?)?,
             Long("incoming") => typed.incoming = true,
             Long("no-inflight") => typed.no_inflight = true,
@@ -234,6 +226,32 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
         }
     }
     typed.mean().map(|options| Invocation::Serve(Box::new(options)))
+}
+
+/// What one process of Pando's says to another: a role, and what belongs to it.
+fn parse_role(arguments: &[OsString]) -> anyhow::Result<Option<Invocation>> {
+    const ROLES: [&str; 4] = [WORKER_ARGUMENT, MANAGED_ARGUMENT, RESUME_ARGUMENT, CHECK_ARGUMENT];
+    let Some(role) = arguments.get(1).and_then(|role| ROLES.into_iter().find(|known| role == known)) else {
+        return Ok(None);
+    };
+    let (mut sandbox, mut rings, mut io, mut queues) = (true, Vec::new(), None, None);
+    let mut parser = lexopt::Parser::from_args(&arguments[2..]);
+    while let Some(argument) = parser.next()? {
+        use lexopt::prelude::Long;
+        match argument {
+            Long("no-sandbox") => sandbox = false,
+            Long("ring") => rings.push(value(&mut parser, RING_ARGUMENT)?),
+            Long("io") => once(&mut io, "--io", value(&mut parser, "--io")?)?,
+            Long("queues") => once(&mut queues, "--queues", value(&mut parser, "--queues")?)?,
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(Some(match role {
+        WORKER_ARGUMENT => Invocation::Worker { sandbox, rings },
+        MANAGED_ARGUMENT => Invocation::Managed { sandbox, io: io.unwrap_or_default(), queues: queues.unwrap_or(1) },
+        RESUME_ARGUMENT => Invocation::Resume { sandbox },
+        _ => Invocation::CheckState,
+    }))
 }
 
 fn once<T>(place: &mut Option<T>, name: &str, value: T) -> anyhow::Result<()> {
@@ -326,6 +344,7 @@ impl Typed {
             tracks_inflight: !self.no_inflight,
             hold,
             poll,
+            io: self.io.unwrap_or_default(),
             log_level: self.log_level.unwrap_or(log::LevelFilter::Info),
             sandbox: !self.no_sandbox,
         })

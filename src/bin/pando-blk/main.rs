@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use pando::sys::process::StopSignals;
 use pando::vhost_user::handover::State;
+use pando::vhost_user::reads::Io;
 use pando::vhost_user::{keeper, sandbox, worker};
 
 use args::Invocation;
@@ -19,13 +20,13 @@ use open::SocketFile;
 
 fn main() -> ExitCode {
     let result = match args::parse(&std::env::args_os().collect::<Vec<_>>()) {
-        Ok(Invocation::Worker { sandbox }) => {
+        Ok(Invocation::Worker { sandbox, rings }) => {
             start("worker", log::LevelFilter::Info, sandbox);
-            worker::run().context("the worker failed")
+            worker::run(&rings).context("the worker failed")
         }
-        Ok(Invocation::Managed { sandbox }) => {
+        Ok(Invocation::Managed { sandbox, io, queues }) => {
             start("keeper", log::LevelFilter::Info, sandbox);
-            managed()
+            managed(io, queues)
         }
         Ok(Invocation::Resume { sandbox }) => {
             start("keeper", log::LevelFilter::Info, sandbox);
@@ -62,9 +63,9 @@ fn serve(options: &args::Options) -> anyhow::Result<()> {
     Ok(result?)
 }
 
-fn managed() -> anyhow::Result<()> {
+fn managed(io: Io, queues: u16) -> anyhow::Result<()> {
     let signals = StopSignals::hold().context("cannot hold back signals")?;
-    Ok(keeper::serve_managed(&signals)?)
+    Ok(keeper::serve_managed(&signals, io, queues)?)
 }
 
 fn resume() -> anyhow::Result<()> {

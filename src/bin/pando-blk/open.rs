@@ -16,6 +16,7 @@ use pando::units::{ByteCount, ClusterSize, is_whole_sectors};
 use pando::vhost_user::attachment::{AttachedBase, AttachedDelta, Attachment, Endpoint, Offer, Part};
 use pando::vhost_user::counters;
 use pando::vhost_user::device::{SERIAL_BYTES, serial_from};
+use pando::vhost_user::service::Equipment;
 
 use crate::args::{Options, Place, Volume};
 
@@ -96,7 +97,10 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
             poll: options.poll,
             incoming: matches!(options.volume, Volume::Delta { incoming: true, .. }),
         },
-        counters: counters::create().context("cannot make a page for the counters")?,
+        equipment: Equipment {
+            counters: counters::create().context("cannot make a page for the counters")?,
+            rings: options.io.rings(options.queues).context("--io io_uring: cannot make a ring")?,
+        },
         name: options.place.to_string(),
         resumed: false,
         kernel_from_vmm: false,

@@ -198,6 +198,16 @@ impl<S: Storage> Delta<S> {
         self.storage.read_with(into, at, patience).map_err(|source| self.io_error("read", at, source))
     }
 
+    /// What it lies in.
+    pub fn storage(&self) -> &S {
+        &self.storage
+    }
+
+    /// Notes that bytes at an offset of its file have been read by somebody else, and whether they were in memory already.
+    pub fn note_read(&self, file_offset: u64, len: usize, found: bool) {
+        self.storage.note_read(file_offset, len, found);
+    }
+
     /// Notes that nobody knows whether these bytes, of clusters of one stretch, are in memory.
     pub fn forget(&self, offset: u64, len: usize) {
         self.storage.forget(self.layout().data_at(offset), len);

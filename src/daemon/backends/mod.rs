@@ -231,8 +231,8 @@ impl Backends {
         let controllers = PacketListener::bind(&launch.control).map_err(io("listen at", &launch.control))?;
         let counters = self.counters_of(id).map_err(io("make counters for", &launch.socket))?;
 
-        let (socket, mut process) =
-            process::start(&self.manner, launch.uid, &self.runtime).map_err(io("execute", &self.manner.program))?;
+        let (socket, mut process) = process::start(&self.manner, launch.queues, launch.uid, &self.runtime)
+            .map_err(io("execute", &self.manner.program))?;
         let link = self.link(id, socket).map_err(io("talk to", &self.manner.program))?;
         let command = Command::Serve(Serve {
             volume: spec_of(&launch.part),

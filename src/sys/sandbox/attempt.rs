@@ -20,6 +20,12 @@ pub fn make(what: &str) {
         "execute" => execute(object),
         // SAFETY: takes no pointers.
         "socket" => number(unsafe { libc::syscall(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0) }),
+        // SAFETY: takes a structure that is not there, which it refuses where it can be called.
+        "ring" => number(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null::<u8>()) }),
+        // SAFETY: as above. The operation is that which gives a ring other buffers.
+        "ring-buffers" => {
+            number(unsafe { libc::syscall(libc::SYS_io_uring_register, 3, 0, std::ptr::null::<u8>(), 1) })
+        }
         "fork" => fork(0),
         "namespace" => fork(libc::CLONE_NEWUSER),
         // SAFETY: takes no pointers.

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use crate::sys::process::Running;
 use crate::sys::socket::PacketListener;
+use crate::sys::uring::RingFiles;
 use crate::vhost_user::attachment::{Offer, Part};
 use crate::vhost_user::control::Controllers;
 use crate::vhost_user::conversation::Conversation;
 use crate::vhost_user::device::Device;
-use crate::vhost_user::handover::{Further, HandoverError, Keeping, ServiceState};
+use crate::vhost_user::handover::{Further, HandoverError, Keeping, Kept, RingsState, ServiceState};
 use crate::vhost_user::order::Opened;
 use crate::vhost_user::vitals::Watch;
 
@@ -18,7 +19,7 @@ use super::deaths::Deaths;
 use super::leaving::AllLeaving;
 use super::space::Space;
 use super::worker_process::Worker;
-use super::{Inflight, Management, Service};
+use super::{Equipment, Inflight, Management, Service};
 
 impl Service {
     /// All that another program needs to know to go on here.
@@ -31,7 +32,7 @@ impl Service {
             elsewhere: self.elsewhere,
             latch_told: self.latch_told,
             vitals: keeping.keep(vitals),
-            counters: keeping.keep(&self.counters),
+            counters: keeping.keep(&self.equipment.counters),
             inflight: self.inflight.as_ref().map(|own| (own.shape, keeping.keep(&own.file))),
             part: self.part.freeze(keeping),
             staged: self.staged.as_ref().map(|part| part.freeze(keeping)),
@@ -52,15 +53,19 @@ impl Service {
         }
     }
 
-    /// What version 1 of that does not have.
-    pub fn freeze_further(&self) -> Further {
-        Further { poll_us: self.offer.poll.as_micros() as u64 }
+    /// What earlier versions of that do not have.
+    pub fn freeze_further(&self, keeping: &mut Keeping) -> Further {
+        let rings = self.equipment.rings.as_ref().map(|rings| RingsState {
+            files: rings.files().iter().map(|ring| keeping.keep(ring)).collect(),
+            shape: rings.shape(),
+        });
+        Further { poll_us: self.offer.poll.as_micros() as u64, rings }
     }
 
     /// The same in that program.
     pub fn thaw(
         state: ServiceState,
-        further: &Further,
+        further: Further,
         signals: OwnedFd,
         front_ends: Option<OwnedFd>,
     ) -> Result<Service, HandoverError> {
@@ -93,6 +98,13 @@ impl Service {
             cluster_bytes: state.cluster_bytes,
             serial: state.serial,
         };
+        let rings = match further.rings {
+            Some(RingsState { files, shape }) => {
+                let files = files.into_iter().map(Kept::take).collect::<Result<_, _>>()?;
+                Some(RingFiles::resume(files, shape))
+            }
+            None => None,
+        };
         let device = Device::new(opened.description(offer.queues));
         device.set_writeback(state.writeback);
         let listener = state.controllers.0.map(|listener| listener.take().map(PacketListener::from)).transpose()?;
@@ -112,7 +124,7 @@ impl Service {
             part: Part::thaw(state.part)?,
             staged: state.staged.map(Part::thaw).transpose()?,
             history: state.history,
-            counters: state.counters.take()?.into(),
+            equipment: Equipment { counters: state.counters.take()?.into(), rings },
             inflight,
             management: Management {
                 controllers: Controllers::resumed(listener, current),

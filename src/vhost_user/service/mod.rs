@@ -33,7 +33,7 @@ use crate::vhost_user::vitals::{self, Watch};
 use deaths::Deaths;
 use leaving::{AllLeaving, End, Why};
 use space::Space;
-pub use worker_process::WorkerError;
+pub use worker_process::{Equipment, WorkerError};
 use worker_process::{Unclosed, Worker};
 
 /// How long to wait for another backend to leave a delta whose guest is here by now.
@@ -78,7 +78,7 @@ pub struct Service {
     staged: Option<Part>,
     history: History,
     offer: Offer,
-    counters: File,
+    equipment: Equipment,
     /// Where workers keep account of what is in flight, for front ends that offer no memory for it.
     inflight: Option<Inflight>,
     management: Management,
@@ -111,7 +111,7 @@ impl Service {
     pub fn start(
         part: Part,
         offer: Offer,
-        counters: File,
+        equipment: Equipment,
         history: History,
         management: Management,
     ) -> Result<Service, WorkerError> {
@@ -128,7 +128,7 @@ impl Service {
             // Only as much as its header says, until the guest comes.
             Some(delta) if offer.incoming => (None, describe(delta, part.serial)?),
             _ => {
-                let (worker, opened) = Worker::start(&part, &offer, &counters, &mut watch)?;
+                let (worker, opened) = Worker::start(&part, &offer, &equipment, &mut watch)?;
                 (Some(worker), opened)
             }
         };
@@ -146,7 +146,7 @@ impl Service {
             staged: None,
             history,
             offer,
-            counters,
+            equipment,
             inflight,
             management,
         })
@@ -324,7 +324,7 @@ impl Service {
         let Some(front_ends) = front_ends else { return };
         let base = self.part.base.as_ref().map(AsFd::as_fd);
         let descriptors: Vec<BorrowedFd> =
-            [Some(front_ends.as_fd()), Some(self.counters.as_fd()), base].into_iter().flatten().collect();
+            [Some(front_ends.as_fd()), Some(self.equipment.counters.as_fd()), base].into_iter().flatten().collect();
         controllers.say(&Said::Reply(Reply::Report(report)), &descriptors);
     }
 
@@ -368,7 +368,7 @@ impl Service {
     pub fn switch(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> bool {
         let Some(part) = self.staged.take() else { return false };
         let started =
-            Worker::start(&part, &self.offer, &self.counters, &mut self.watch).and_then(|(worker, opened)| {
+            Worker::start(&part, &self.offer, &self.equipment, &mut self.watch).and_then(|(worker, opened)| {
                 let worker = self.check_kind(worker, &opened)?;
                 self.prepare(worker, order, descriptors).map(|worker| (worker, opened))
             });
@@ -457,7 +457,7 @@ impl Service {
 
     /// Starts a worker that is to serve in place of the one that does, and sees that it is there.
     pub fn prepare_successor(&mut self) -> Result<Successor, WorkerError> {
-        let mut worker = Worker::execute()?;
+        let mut worker = Worker::execute(&self.equipment)?;
         match worker.exchange(&mut self.watch, &Order::Hello, &[]) {
             Ok(_) => Ok(Successor(worker)),
             Err(error) => {
@@ -477,7 +477,7 @@ impl Service {
         if let Some(last) = self.worker.take() {
             self.leaving.add(last.leave(Why::Replaced));
         }
-        match successor.0.open(&self.part, &self.offer, &self.counters, &mut self.watch) {
+        match successor.0.open(&self.part, &self.offer, &self.equipment, &mut self.watch) {
             Ok((worker, opened)) => {
                 self.deaths.taken_over = Instant::now();
                 self.watch.taken_over();
@@ -553,7 +553,7 @@ impl Service {
                 self.deaths = Deaths::none();
             }
             self.deaths.taken_over = Instant::now();
-            match Worker::start(&self.part, &self.offer, &self.counters, &mut self.watch) {
+            match Worker::start(&self.part, &self.offer, &self.equipment, &mut self.watch) {
                 Ok((worker, opened)) => {
                     self.watch.taken_over();
                     self.worker = Some(worker);
@@ -644,7 +644,7 @@ impl Service {
             }
             if self.worker.is_none() {
                 // Held, and asked to stop: one last try to leave the delta in good order.
-                match Worker::start(&self.part, &self.offer, &self.counters, &mut self.watch) {
+                match Worker::start(&self.part, &self.offer, &self.equipment, &mut self.watch) {
                     Ok((worker, _)) => self.worker = Some(worker),
                     Err(error) => break Err(error),
                 }

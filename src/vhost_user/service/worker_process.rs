@@ -4,18 +4,20 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crate::block::delta::open;
 use crate::sys::process::Running;
+use crate::sys::uring::RingFiles;
 use crate::sys::{process, socket};
 use crate::vhost_user::attachment::{Offer, Part};
 use crate::vhost_user::conversation::{Conversation, ConversationError};
 use crate::vhost_user::order::{Answer, DeltaOrder, Opened, Order, VolumeOrder};
 use crate::vhost_user::sandbox;
 use crate::vhost_user::vitals::Watch;
+use crate::vhost_user::worker::RING_ARGUMENT;
 
 use super::leaving::{Leaving, Why};
 
@@ -67,6 +69,20 @@ impl WorkerError {
     }
 }
 
+/// What every worker of a keeper gets, whatever it serves.
+pub struct Equipment {
+    /// Where it counts what it does.
+    pub counters: File,
+    /// By what it reads what is not in memory; none: by threads.
+    pub rings: Option<RingFiles>,
+}
+
+impl Equipment {
+    fn rings(&self) -> &[OwnedFd] {
+        self.rings.as_ref().map_or(&[], RingFiles::files)
+    }
+}
+
 /// The keeper's side of a worker process.
 pub(super) struct Worker {
     pub(super) conversation: Conversation,
@@ -83,18 +99,23 @@ impl Worker {
     pub(super) fn start(
         part: &Part,
         offer: &Offer,
-        counters: &File,
+        equipment: &Equipment,
         watch: &mut Watch,
     ) -> Result<(Worker, Opened), WorkerError> {
-        Worker::execute()?.open(part, offer, counters, watch)
+        Worker::execute(equipment)?.open(part, offer, equipment, watch)
     }
 
     /// Starts a worker that waits to be told what to serve.
-    pub(super) fn execute() -> Result<Worker, WorkerError> {
+    pub(super) fn execute(equipment: &Equipment) -> Result<Worker, WorkerError> {
         let (conversation, theirs) = Conversation::with("worker").map_err(WorkerError::Start)?;
-        let process =
-            process::execute_self("pando-blk", sandbox::worker_arguments(), theirs).map_err(WorkerError::Start)?;
-        Ok(Worker { conversation, process, watch: None })
+        let rings: Vec<RawFd> = equipment.rings().iter().map(AsRawFd::as_raw_fd).collect();
+        let numbers: Vec<String> = rings.iter().map(RawFd::to_string).collect();
+        let mut arguments = sandbox::worker_arguments().to_vec();
+        arguments.extend(numbers.iter().flat_map(|number| [RING_ARGUMENT, number]));
+        let keep = |keep| rings.iter().try_for_each(|ring| process::keep_on_exec(*ring, keep));
+        let process = keep(true).and_then(|()| process::execute_self("pando-blk", &arguments, theirs));
+        keep(false).map_err(WorkerError::Start)?;
+        Ok(Worker { conversation, process: process.map_err(WorkerError::Start)?, watch: None })
     }
 
     /// Has it open a volume.
@@ -102,7 +123,7 @@ impl Worker {
         mut self,
         part: &Part,
         offer: &Offer,
-        counters: &File,
+        equipment: &Equipment,
         watch: &mut Watch,
     ) -> Result<(Worker, Opened), WorkerError> {
         let delta = part.delta.as_ref();
@@ -114,10 +135,11 @@ impl Worker {
             hold_ms: offer.hold.as_millis() as u64,
             poll_us: offer.poll.as_micros() as u64,
             log_level: log::max_level() as u8,
+            read_rings: equipment.rings.as_ref().map(RingFiles::shape),
             boot: process::boot_id().map_err(WorkerError::Start)?,
         };
         let result = {
-            let ours = [counters].into_iter().chain(watch.files());
+            let ours = [&equipment.counters].into_iter().chain(watch.files());
             let files: Vec<OwnedFd> = ours
                 .map(|file| file.as_fd().try_clone_to_owned())
                 .collect::<io::Result<_>>()

@@ -78,7 +78,10 @@ pub fn open_descriptors() -> usize {
 
 /// How many threads this process has.
 pub fn threads() -> usize {
-    std::fs::read_dir("/proc/self/task").expect("the kernel tells").count()
+    let tasks = std::fs::read_dir("/proc/self/task").expect("the kernel tells").flatten();
+    // The kernel keeps those for a while that it reads by where a file system cannot do otherwise.
+    let is_kernels = |name: std::io::Result<String>| name.is_ok_and(|name| name.starts_with("iou-"));
+    tasks.filter(|task| !is_kernels(std::fs::read_to_string(task.path().join("comm")))).count()
 }
 
 /// A file without a name, in memory where that is possible.

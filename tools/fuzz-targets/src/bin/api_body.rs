@@ -17,6 +17,7 @@ use fuzz_targets::{Choices, open_descriptors};
 use libfuzzer_sys::fuzz_target;
 use pando::daemon::api::{self, types};
 use pando::daemon::{Backends, Caller, Host, Manner, Places};
+use pando::vhost_user::reads::Io;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -189,7 +190,7 @@ impl Site {
     }
 
     fn open(root: &Path) -> Site {
-        let manner = Manner { program: "/bin/false".into(), sandbox: false, users: None, poll_us: 0 };
+        let manner = Manner { program: "/bin/false".into(), sandbox: false, users: None, poll_us: 0, io: Io::Auto };
         let (notices, _) = tokio::sync::mpsc::unbounded_channel();
         let backends = Backends::new(manner, RUNTIME.handle().clone(), notices);
         let places = Places { state: root.join("state"), run: root.join("run") };

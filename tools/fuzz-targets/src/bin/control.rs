@@ -203,6 +203,7 @@ fn random_order(choices: &mut Choices<'_>) -> Order {
             queues: choices.any(),
             serial: maybe(choices, |choices| choices.any()),
             hold_ms: choices.any(),
+            read_rings: None,
             poll_us: choices.any(),
             log_level: choices.any(),
             boot: choices.any(),

@@ -8,13 +8,14 @@ use std::sync::LazyLock;
 use fuzz_targets::{Choices, unnamed_file};
 use libfuzzer_sys::fuzz_target;
 use pando::block::base::Base;
-use pando::block::cached;
+use pando::block::cached::{self, Patience};
 use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::{self, Delta, Lifetime};
 use pando::block::storage::FileStorage;
 use pando::block::{Batch, Volume};
 use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
+use pando::sys::file;
 use pando::sys::guest::GuestMemory;
 use pando::units::ClusterSize;
 use pando::vhost_user::request::{self, Errand, Manner, Outcome, Status};
@@ -194,11 +195,25 @@ impl Disk {
             rest = behind;
         }
         let volume = self.volume.as_ref().unwrap();
-        cached::pretend_cold(choices.below(3) == 0);
-        let memory = GuestMemory::default();
-        let outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, Manner::AtOnce);
+        let how = choices.below(6);
+        cached::pretend_cold(how % 3 == 0);
+        let (memory, manner) = (GuestMemory::default(), Manner::AtOnce(Patience::AtOnce));
+        let outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, manner);
         let Outcome { status_place, result, data_bytes, .. } = match outcome.errand {
             None => outcome,
+            // As a queue has the kernel do it.
+            Some(Errand::Read) if how == 3 => {
+                let (status_place, data) = chain.writable.split_last().unwrap();
+                for place in volume.places(outcome.offset, data, batch).unwrap() {
+                    let mut at = place.offset;
+                    for part in place.into {
+                        file::read_at(volume.file(place.file).unwrap(), part, at).unwrap();
+                        at += part.len() as u64;
+                    }
+                    assert_eq!(at, place.offset + place.len);
+                }
+                Outcome { status_place: Some(*status_place), ..outcome }
+            }
             Some(errand) => {
                 assert_eq!(kind, if errand == Errand::Read { IN } else { FLUSH }, "no other is put off");
                 request::execute(&mut chain, &memory, volume, &SERIAL, batch, Manner::Waits)

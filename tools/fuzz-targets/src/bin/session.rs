@@ -21,6 +21,7 @@ use libfuzzer_sys::fuzz_target;
 use pando::block::cached;
 use pando::sys::buffers::Readable;
 use pando::sys::{events, file, shared};
+use pando::vhost_user::reads::Io;
 use pando::vhost_user::steps::{self, ALL, Step};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -38,11 +39,13 @@ const MANNERS: [u64; 4] =
 fuzz_target!(|data: &[u8]| {
     let mut choices = Choices::new(data);
     steps::unwind_at(Step::Begin, 0);
-    cached::pretend_cold(choices.below(2) == 1);
+    let how = choices.below(4);
+    cached::pretend_cold(how & 1 == 1);
+    let io = if how & 2 == 0 { Io::Auto } else { Io::Threads };
     backend::prepare();
     LazyLock::force(&POOL);
     let before = (open_descriptors(), threads());
-    Play::new(&mut choices).run(&mut choices);
+    Play::new(&mut choices, io).run(&mut choices);
     // The kernel may still be at the end of a thread that has been waited for.
     let begun = Instant::now();
     while threads() != before.1 && begun.elapsed() < Duration::from_secs(5) {
@@ -94,10 +97,10 @@ struct Play {
 }
 
 impl Play {
-    fn new(choices: &mut Choices<'_>) -> Play {
+    fn new(choices: &mut Choices<'_>, io: Io) -> Play {
         let sectors = if choices.rarely() { None } else { Some(choices.one_of(&[203, BASE_SECTORS, 400])) };
         let served = Volumed::new("first", choices.below(4) != 3 || sectors.is_none(), sectors);
-        let backend = Backend::start(served);
+        let backend = Backend::start(served, io);
         let front_end = FrontEnd::over(backend.connect());
         let (guest, features) = (Guest::new(true), 0);
         let mut play = Play {

@@ -26,6 +26,8 @@ use pando::vhost_user::conversation::Conversation;
 use pando::vhost_user::keeper::{self, KeeperError};
 use pando::vhost_user::order::DeltaOrder;
 use pando::vhost_user::polling::POLL_DEFAULT;
+use pando::vhost_user::reads::Io;
+use pando::vhost_user::service::Equipment;
 use pando::vhost_user::{counters, worker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -161,13 +163,13 @@ pub fn prepare() {
         }
         stand_in::prepare(worker::stand_in).expect("the manners of a backend");
         LazyLock::force(&BASE);
-        Backend::start(Volumed::new("first", true, Some(BASE_SECTORS))).stop();
+        Backend::start(Volumed::new("first", true, Some(BASE_SECTORS)), Io::Auto).stop();
     });
 }
 
 impl Backend {
-    /// Starts one that serves a volume.
-    pub fn start(served: Volumed) -> Backend {
+    /// Starts one that serves a volume, and reads as it is told what is not in memory.
+    pub fn start(served: Volumed, io: Io) -> Backend {
         let name = format!("pando-fuzz-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(name).expect("a name");
         let listener = UnixListener::bind_addr(&address).expect("nobody else has it");
@@ -185,7 +187,10 @@ impl Backend {
                 poll: POLL_DEFAULT,
                 incoming: false,
             },
-            counters: counters::create().expect("memory"),
+            equipment: Equipment {
+                counters: counters::create().expect("memory"),
+                rings: io.rings(RINGS as u16).expect("none has to be had"),
+            },
             name: "fuzz".to_owned(),
             resumed: false,
             kernel_from_vmm: true,
