@@ -4,36 +4,39 @@
 //! one store, and notifies the driver at most once. It owns its ring: whatever changes about a ring stops the thread and
 //! starts another, so there is nothing to lock.
 
+mod away;
+mod complaints;
+mod running;
+
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
 use crate::sys::guard;
 use crate::sys::guest::{DirtyLog, GuestMemory};
-use crate::sys::process;
 
-use super::counters::{Counters, Kind, Tally};
-use super::device::{self, Device};
-use super::errands::{Done, Errands, FlushHabit, Inbox, Job};
-use super::hold::Hold;
-use super::order::RingStop;
-use super::polling::Polling;
-use super::reads::{Finished, ReadRequest, Reads, Rings};
-use super::request::{self, Errand, Manner, RequestError, Status};
-use super::ring::{Chain, Ring, RingError};
-use super::steps::{self, Step};
-use super::vitals::Vitals;
+use crate::vhost_user::counters::{Counters, Kind, Tally};
+use crate::vhost_user::device::{self, Device};
+use crate::vhost_user::errands::{Errands, Inbox};
+use crate::vhost_user::hold::Hold;
+use crate::vhost_user::order::RingStop;
+use crate::vhost_user::polling::Polling;
+use crate::vhost_user::reads::{ReadRequest, Rings};
+use crate::vhost_user::request::{self, Errand, Manner, Status};
+use crate::vhost_user::ring::{Chain, Ring, RingError};
+use crate::vhost_user::steps::{self, Step};
+use crate::vhost_user::vitals::Vitals;
+
+use away::Away;
+use complaints::Complaints;
+pub use running::RunningQueue;
+use running::Stop;
 
 /// Requests of one batch: enough to share the costs of a batch; few enough that the driver handles the last batch's
 /// completions while this one is served, so that neither side sleeps.
@@ -106,80 +109,10 @@ impl QueueLog {
     }
 }
 
-/// A queue's thread.
-pub struct RunningQueue {
-    thread: JoinHandle<RingStop>,
-    /// Disconnected when the thread ends.
-    end: Receiver<Infallible>,
-    stop: Arc<Stop>,
-}
-
-struct Stop {
-    asked: AtomicBool,
-    wake: EventFd,
-    /// The thread writes to a descriptor of the front end's, who may see to it that this takes for ever.
-    notifies: AtomicBool,
-}
-
-/// How long a thread that is to stop may take to notify the driver.
-const NOTIFY_PATIENCE: Duration = Duration::from_millis(50);
-
-impl RunningQueue {
-    /// Starts the thread.
-    pub fn start(queue: Queue) -> io::Result<RunningQueue> {
-        let stop = Arc::new(Stop {
-            asked: AtomicBool::new(false),
-            wake: EventFd::new(libc::EFD_CLOEXEC)?,
-            notifies: AtomicBool::new(false),
-        });
-        let epoll = Epoll::new()?;
-        let inbox = Arc::new(Inbox::new()?);
-        epoll.add_edge(&inbox.event)?;
-        epoll.add_edge(&queue.kick)?;
-        epoll.add_level(&stop.wake)?;
-        let seen = Arc::clone(&stop);
-        let (ends, end) = mpsc::channel();
-        let thread = std::thread::Builder::new().name(format!("queue {}", queue.index)).stack_size(256 << 10).spawn(
-            move || {
-                let _ends: Sender<Infallible> = ends;
-                queue.serve(&epoll, &seen, inbox)
-            },
-        )?;
-        Ok(RunningQueue { thread, end, stop })
-    }
-
-    /// Stops the thread once all requests that it has taken are complete, but for those that wait for room.
-    pub fn stop(self) -> io::Result<RingStop> {
-        self.stop.asked.store(true, Ordering::Release);
-        self.stop.wake.write(1)?;
-        while self.end.recv_timeout(NOTIFY_PATIENCE) == Err(RecvTimeoutError::Timeout) {
-            // Only there: an I/O is never interrupted.
-            if self.stop.notifies.load(Ordering::Acquire) {
-                process::interrupt(&self.thread);
-            }
-        }
-        self.thread.join().map_err(|_| io::Error::other("the queue's thread panicked"))
-    }
-}
-
-impl Stop {
-    fn while_notifying<T>(&self, notify: impl FnOnce() -> T) -> T {
-        self.notifies.store(true, Ordering::Release);
-        let result = notify();
-        self.notifies.store(false, Ordering::Release);
-        result
-    }
-}
-
 /// The driver could not be notified.
 #[derive(Debug, thiserror::Error)]
 #[error("the driver cannot be notified of completions")]
 struct NotifyError(#[source] io::Error);
-
-/// There is nobody else to wait for the disk.
-#[derive(Debug, thiserror::Error)]
-#[error("a request waits for the disk, and keeps others waiting")]
-struct AloneError(#[source] io::Error);
 
 /// A completion that waits for the batch's commit.
 struct Completion<'m> {
@@ -193,23 +126,6 @@ struct Completion<'m> {
     wrote: bool,
     /// It has come back from an errand: its status is written, and it is counted.
     is_late: bool,
-}
-
-/// Requests of a queue that others carry out.
-struct Away<'m> {
-    inbox: Arc<Inbox>,
-    /// How many have not come back.
-    count: usize,
-    /// Those that have, while they are looked at.
-    back: Vec<Done>,
-    /// Those that the kernel carries out, and of these what it is done with, while that is looked at.
-    reads: Reads<'m>,
-    read: Vec<Finished<'m>>,
-    /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
-    copied: Vec<(u64, u64)>,
-    /// Whether flushes had better not be among them, and whether one is that nothing has come beside.
-    habit: FlushHabit,
-    lone_flush: bool,
 }
 
 impl Queue {
@@ -246,17 +162,8 @@ impl Queue {
         complaints: &mut Complaints,
     ) -> Result<(), QueueError> {
         let memory = Arc::clone(&self.memory);
-        let mut away = Away {
-            inbox,
-            count: 0,
-            back: Vec::new(),
-            // What the kernel writes is not noted: threads do that while a log is kept.
-            reads: Reads::new(self.read_rings.clone().filter(|_| self.log.is_none())),
-            read: Vec::new(),
-            copied: Vec::new(),
-            habit: FlushHabit::default(),
-            lone_flush: false,
-        };
+        // What the kernel writes is not noted: threads do that while a log is kept.
+        let mut away = Away::new(inbox, self.read_rings.clone().filter(|_| self.log.is_none()));
         let mut batch = Batch::default();
         let mut tally = Tally::default();
         let mut chain = Chain { written: self.log.is_some().then(Vec::new), ..Chain::default() };
@@ -325,84 +232,6 @@ impl Queue {
         self.resume_kicks();
         self.vitals.count_held(-(self.hold.len() as i64));
         Ok(self.ring.check_memory()?)
-    }
-
-    /// Takes what has come back, to be shown to the driver.
-    fn take_back(&mut self, away: &mut Away<'_>, completions: &mut Vec<Completion<'_>>, complaints: &mut Complaints) {
-        if !away.inbox.has_some() {
-            return;
-        }
-        away.inbox.take(&mut away.back);
-        away.count -= away.back.len();
-        for done in away.back.drain(..) {
-            if done.kind == Kind::Flush {
-                away.habit.note(std::mem::take(&mut away.lone_flush));
-            }
-            if let Some(fault) = done.fault {
-                guard::note_fault(fault);
-            }
-            if let Some(error) = &done.error {
-                complaints.request(error);
-                if error.is_full() && self.keep(done.head) {
-                    continue;
-                }
-            }
-            let status = done.error.as_ref().map_or(Status::Ok, RequestError::status);
-            let mut tally = Tally::default();
-            tally.sources = done.sources;
-            tally.note(done.kind, done.bytes, status != Status::Ok);
-            tally.count(&self.counters, self.index, done.taken.elapsed());
-            completions.push(Completion {
-                head: done.head,
-                kind: done.kind,
-                bytes: done.bytes,
-                data_bytes: done.written,
-                status,
-                status_place: None,
-                wrote: false,
-                is_late: true,
-            });
-        }
-    }
-
-    /// Takes the reads that the kernel is done with, to be shown to the driver. What it has not read others have to.
-    fn take_reads<'m>(
-        &mut self,
-        away: &mut Away<'m>,
-        completions: &mut Vec<Completion<'m>>,
-        complaints: &mut Complaints,
-    ) {
-        if !away.reads.has_some() {
-            return;
-        }
-        let mut read = std::mem::take(&mut away.read);
-        away.reads.take(&self.volume, &mut read);
-        for Finished { request: ReadRequest { head, taken, status_place, .. }, bytes, sources, failed } in
-            read.drain(..)
-        {
-            if failed {
-                if !self.send_away(Errand::Read, head, taken, away, complaints) {
-                    away.reads.give_up();
-                    self.again.push_back(head);
-                }
-                continue;
-            }
-            let mut tally = Tally::default();
-            tally.sources = sources;
-            tally.note(Kind::Read, bytes.into(), false);
-            tally.count(&self.counters, self.index, taken.elapsed());
-            completions.push(Completion {
-                head,
-                kind: Kind::Read,
-                bytes: bytes.into(),
-                data_bytes: bytes,
-                status: Status::Ok,
-                status_place: Some(status_place),
-                wrote: false,
-                is_late: true,
-            });
-        }
-        away.read = read;
     }
 
     fn serve_batch<'m>(
@@ -508,35 +337,6 @@ impl Queue {
             });
         }
         Ok(())
-    }
-
-    /// Has others carry out a request. Whether they do.
-    fn send_away(
-        &self,
-        errand: Errand,
-        head: u16,
-        taken: Instant,
-        away: &mut Away<'_>,
-        complaints: &mut Complaints,
-    ) -> bool {
-        let job = Job {
-            head,
-            taken,
-            table: self.ring.table().clone(),
-            memory: Arc::clone(&self.memory),
-            log: self.log.as_ref().map(|log| Arc::clone(&log.log)),
-            inbox: Arc::clone(&away.inbox),
-        };
-        match self.errands.send(errand, job) {
-            Ok(()) => {
-                away.count += 1;
-                true
-            }
-            Err(error) => {
-                complaints.hosts(&AloneError(error));
-                false
-            }
-        }
     }
 
     /// Looks at the ring for a while, if that is worth it, when requests ran out at `since`. Whether there is something to do.
@@ -657,35 +457,6 @@ impl Queue {
     }
 }
 
-impl Drop for Away<'_> {
-    fn drop(&mut self) {
-        // They write to the guest's memory until they are back, whatever becomes of the ring.
-        self.wait_for_all();
-    }
-}
-
-impl Away<'_> {
-    /// Whether any has not come back.
-    fn is_waited_for(&self) -> bool {
-        self.count > 0 || self.reads.count() > 0
-    }
-
-    /// Whether one has.
-    #[inline]
-    fn has_some(&self) -> bool {
-        self.inbox.has_some() || self.reads.has_some()
-    }
-
-    fn wait_for_all(&mut self) {
-        while self.count > 0 {
-            self.inbox.wait();
-            self.inbox.take(&mut self.back);
-            self.count -= self.back.len();
-            self.back.clear();
-        }
-    }
-}
-
 /// Why a ring is served no further.
 #[derive(Debug, thiserror::Error)]
 enum QueueError {
@@ -693,50 +464,4 @@ enum QueueError {
     Ring(#[from] RingError),
     #[error("cannot wait for its driver: {0}")]
     Wait(#[source] io::Error),
-}
-
-/// Log lines about requests, at most one a second: what a guest can cause a million times must not fill the log.
-struct Complaints {
-    ring: u16,
-    last: Option<Instant>,
-    held_back: u64,
-}
-
-impl Complaints {
-    const INTERVAL: Duration = Duration::from_secs(1);
-
-    fn new(ring: u16) -> Complaints {
-        Complaints { ring, last: None, held_back: 0 }
-    }
-
-    #[cold]
-    fn request(&mut self, error: &RequestError) {
-        if error.is_hosts() { self.hosts(error) } else { self.guests(error) }
-    }
-
-    /// About something that the guest did.
-    #[cold]
-    fn guests(&mut self, error: &dyn std::error::Error) {
-        self.say(log::Level::Warn, error);
-    }
-
-    /// About something that the host's operators have to see to.
-    #[cold]
-    fn hosts(&mut self, error: &dyn std::error::Error) {
-        self.say(log::Level::Error, error);
-    }
-
-    fn say(&mut self, level: log::Level, error: &dyn std::error::Error) {
-        if self.last.is_some_and(|last| last.elapsed() < Self::INTERVAL) {
-            self.held_back += 1;
-            return;
-        }
-        self.last = Some(Instant::now());
-        let causes = std::iter::successors(error.source(), |error| error.source())
-            .fold(String::new(), |causes, cause| causes + ": " + &cause.to_string());
-        match std::mem::take(&mut self.held_back) {
-            0 => log::log!(level, "ring {}: {error}{causes}", self.ring),
-            count => log::log!(level, "ring {}: {error}{causes} ({count} more held back)", self.ring),
-        }
-    }
 }

@@ -1,0 +1,193 @@
+//! [`Away`]: requests of a queue that others carry out, from being sent until they are shown to the driver.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::sys::guard;
+use crate::vhost_user::counters::{Kind, Tally};
+use crate::vhost_user::errands::{Done, FlushHabit, Inbox, Job};
+use crate::vhost_user::reads::{Finished, ReadRequest, Reads, Rings};
+use crate::vhost_user::request::{Errand, RequestError, Status};
+
+use super::complaints::Complaints;
+use super::{Completion, Queue};
+
+/// There is nobody else to wait for the disk.
+#[derive(Debug, thiserror::Error)]
+#[error("a request waits for the disk, and keeps others waiting")]
+struct AloneError(#[source] io::Error);
+
+/// Requests of a queue that others carry out.
+pub(super) struct Away<'m> {
+    pub(super) inbox: Arc<Inbox>,
+    /// How many have not come back.
+    pub(super) count: usize,
+    /// Those that have, while they are looked at.
+    pub(super) back: Vec<Done>,
+    /// Those that the kernel carries out, and of these what it is done with, while that is looked at.
+    pub(super) reads: Reads<'m>,
+    pub(super) read: Vec<Finished<'m>>,
+    /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
+    pub(super) copied: Vec<(u64, u64)>,
+    /// Whether flushes had better not be among them, and whether one is that nothing has come beside.
+    pub(super) habit: FlushHabit,
+    pub(super) lone_flush: bool,
+}
+
+impl Drop for Away<'_> {
+    fn drop(&mut self) {
+        // They write to the guest's memory until they are back, whatever becomes of the ring.
+        self.wait_for_all();
+    }
+}
+
+impl<'m> Away<'m> {
+    /// None yet. What threads have comes back to `inbox`; without rings, the kernel has none.
+    pub(super) fn new(inbox: Arc<Inbox>, rings: Option<Arc<Rings>>) -> Away<'m> {
+        Away {
+            inbox,
+            count: 0,
+            back: Vec::new(),
+            reads: Reads::new(rings),
+            read: Vec::new(),
+            copied: Vec::new(),
+            habit: FlushHabit::default(),
+            lone_flush: false,
+        }
+    }
+
+    /// Whether any has not come back.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.count > 0 || self.reads.count() > 0
+    }
+
+    /// Whether one has.
+    #[inline]
+    pub(super) fn has_some(&self) -> bool {
+        self.inbox.has_some() || self.reads.has_some()
+    }
+
+    fn wait_for_all(&mut self) {
+        while self.count > 0 {
+            self.inbox.wait();
+            self.inbox.take(&mut self.back);
+            self.count -= self.back.len();
+            self.back.clear();
+        }
+    }
+}
+
+impl Queue {
+    /// Takes what has come back, to be shown to the driver.
+    pub(super) fn take_back(
+        &mut self,
+        away: &mut Away<'_>,
+        completions: &mut Vec<Completion<'_>>,
+        complaints: &mut Complaints,
+    ) {
+        if !away.inbox.has_some() {
+            return;
+        }
+        away.inbox.take(&mut away.back);
+        away.count -= away.back.len();
+        for done in away.back.drain(..) {
+            if done.kind == Kind::Flush {
+                away.habit.note(std::mem::take(&mut away.lone_flush));
+            }
+            if let Some(fault) = done.fault {
+                guard::note_fault(fault);
+            }
+            if let Some(error) = &done.error {
+                complaints.request(error);
+                if error.is_full() && self.keep(done.head) {
+                    continue;
+                }
+            }
+            let status = done.error.as_ref().map_or(Status::Ok, RequestError::status);
+            let mut tally = Tally::default();
+            tally.sources = done.sources;
+            tally.note(done.kind, done.bytes, status != Status::Ok);
+            tally.count(&self.counters, self.index, done.taken.elapsed());
+            completions.push(Completion {
+                head: done.head,
+                kind: done.kind,
+                bytes: done.bytes,
+                data_bytes: done.written,
+                status,
+                status_place: None,
+                wrote: false,
+                is_late: true,
+            });
+        }
+    }
+
+    /// Takes the reads that the kernel is done with, to be shown to the driver. What it has not read others have to.
+    pub(super) fn take_reads<'m>(
+        &mut self,
+        away: &mut Away<'m>,
+        completions: &mut Vec<Completion<'m>>,
+        complaints: &mut Complaints,
+    ) {
+        if !away.reads.has_some() {
+            return;
+        }
+        let mut read = std::mem::take(&mut away.read);
+        away.reads.take(&self.volume, &mut read);
+        for Finished { request: ReadRequest { head, taken, status_place, .. }, bytes, sources, failed } in
+            read.drain(..)
+        {
+            if failed {
+                if !self.send_away(Errand::Read, head, taken, away, complaints) {
+                    away.reads.give_up();
+                    self.again.push_back(head);
+                }
+                continue;
+            }
+            let mut tally = Tally::default();
+            tally.sources = sources;
+            tally.note(Kind::Read, bytes.into(), false);
+            tally.count(&self.counters, self.index, taken.elapsed());
+            completions.push(Completion {
+                head,
+                kind: Kind::Read,
+                bytes: bytes.into(),
+                data_bytes: bytes,
+                status: Status::Ok,
+                status_place: Some(status_place),
+                wrote: false,
+                is_late: true,
+            });
+        }
+        away.read = read;
+    }
+
+    /// Has others carry out a request. Whether they do.
+    pub(super) fn send_away(
+        &self,
+        errand: Errand,
+        head: u16,
+        taken: Instant,
+        away: &mut Away<'_>,
+        complaints: &mut Complaints,
+    ) -> bool {
+        let job = Job {
+            head,
+            taken,
+            table: self.ring.table().clone(),
+            memory: Arc::clone(&self.memory),
+            log: self.log.as_ref().map(|log| Arc::clone(&log.log)),
+            inbox: Arc::clone(&away.inbox),
+        };
+        match self.errands.send(errand, job) {
+            Ok(()) => {
+                away.count += 1;
+                true
+            }
+            Err(error) => {
+                complaints.hosts(&AloneError(error));
+                false
+            }
+        }
+    }
+}
