@@ -307,10 +307,10 @@ impl Uring {
         Ok(())
     }
 
-    /// Whether there are reads that the kernel has not been told of.
+    /// How many reads the kernel has not been told of.
     #[inline]
-    pub fn has_unsubmitted(&self) -> bool {
-        self.unsubmitted > 0
+    pub fn unsubmitted(&self) -> u32 {
+        self.unsubmitted
     }
 
     /// Takes back a read that the kernel has not been told of: the last one, and its tag.

@@ -79,6 +79,10 @@ impl Io {
 /// As many rings as a backend has at most. They are memory, and queues that never wait for the disk need none.
 const RINGS_MAX: u16 = 4;
 
+/// While the disk works, it is told of so many reads at a time: the first of a batch need not wait for the last. While all turns out to be in memory, one call is
+/// made for a batch.
+const EAGER: u32 = 2;
+
 /// The rings of a worker, which its queues share out.
 pub struct Rings {
     /// In use are those that somebody else has too.
@@ -146,6 +150,8 @@ pub struct Reads<'m> {
     finished: Vec<Finished<'m>>,
     /// How often reads have been submitted.
     submissions: u32,
+    /// Whether any was under way when all had been submitted.
+    disk_works: bool,
 }
 
 struct UnderWay<'m> {
@@ -170,6 +176,7 @@ impl<'m> Reads<'m> {
             count: 0,
             finished: Vec::new(),
             submissions: 0,
+            disk_works: false,
         }
     }
 
@@ -240,13 +247,16 @@ impl<'m> Reads<'m> {
             Some(number) => self.under_way[number as usize] = Some(under_way),
             None => self.under_way.push(Some(under_way)),
         }
+        if self.disk_works && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER) {
+            self.submit_all(volume);
+        }
         true
     }
 
     /// Has the kernel go on with all that were begun.
     #[inline]
     pub fn submit(&mut self, volume: &Volume) {
-        if self.uring.as_ref().is_some_and(Uring::has_unsubmitted) {
+        if self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() > 0) {
             self.submit_all(volume);
         }
     }
@@ -254,7 +264,7 @@ impl<'m> Reads<'m> {
     fn submit_all(&mut self, volume: &Volume) {
         let Some(uring) = &mut self.uring else { return };
         let result = uring.submit();
-        if uring.has_unsubmitted() {
+        if uring.unsubmitted() > 0 {
             let reason = result.err().map_or("it takes no more".to_owned(), |error| error.to_string());
             log::debug!("reads are left to threads: {reason}");
             while let Some(tag) = self.uring.as_mut().and_then(Uring::withdraw) {
@@ -263,6 +273,7 @@ impl<'m> Reads<'m> {
         }
         // What is done by now was in memory.
         self.collect(volume);
+        self.disk_works = self.uring.as_ref().is_some_and(|uring| uring.under_way() > 0);
         self.submissions = self.submissions.wrapping_add(1);
     }
 
