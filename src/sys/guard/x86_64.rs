@@ -5,20 +5,24 @@
 //! when it faults. The entries lie in a section of their own; as its name is one that C could use, the linker says where it begins and ends.
 //! A guarded instruction costs what it would cost anyway.
 //!
-//! **Copies and fills** are the C library's `memcpy` and `memset`: a single `rep movsb` takes as long for a cluster, and four times as long for
-//! a sector. Nobody knows which of their instructions may fault, nor what they have done to the
+//! **Longer copies** are one instruction as well, where the processor says that it is quick at it: `rep movsb` takes as long as `memcpy` for a cluster from anywhere, a
+//! third less for one that follows on the last, and a fifth less for 1 MiB (on an AMD EPYC, Zen 5).
+//!
+//! **Other copies, and fills,** are the C library's `memcpy` and `memset`. Nobody knows which of their instructions may fault, nor what they have done to the
 //! registers; so they are called by a trampoline that saves those that a call has to preserve, and tells the handler, by a word
 //! of the thread's own, where on the stack it has done so. That costs about a nanosecond.
 //!
 //! A fault of any other instruction finds the action restored that was there before, and happens again.
 
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::arch::{asm, naked_asm};
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{Fault, note_fault};
+use super::{Fault, note_fault, take_fault};
 
 /// The signals by which the kernel says that memory cannot be accessed.
 const SIGNALS: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
@@ -31,8 +35,26 @@ thread_local! {
     static LANDING: Cell<usize> = const { Cell::new(0) };
 }
 
+/// From how many bytes on a copy is one instruction.
+static STRING_FROM: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Whether the processor says of its string instructions that they are quick, for many bytes (ERMS) and for few (FSRM).
+fn has_quick_strings() -> bool {
+    const ERMS: u32 = 1 << 9;
+    const FSRM: u32 = 1 << 4;
+    const FEATURES: u32 = 7;
+    if __cpuid(0).eax < FEATURES {
+        return false;
+    }
+    let features = __cpuid_count(FEATURES, 0);
+    features.ebx & ERMS != 0 && features.edx & FSRM != 0
+}
+
 /// Handles the signals.
 pub fn install() -> io::Result<()> {
+    if has_quick_strings() {
+        STRING_FROM.store(4096, Ordering::Relaxed);
+    }
     // SAFETY: all-zero bytes are a valid action, and the call only fills it. It cannot fail for a signal that exists.
     let action_now = |signal| unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -210,10 +232,33 @@ pub unsafe fn or_u8(at: *mut u8, bits: u8) {
 /// reference to those at `to` is live.
 #[inline]
 pub unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> Result<(), Fault> {
+    if len >= STRING_FROM.load(Ordering::Relaxed) {
+        // SAFETY: by this function's condition.
+        return unsafe { copy_by_string(from, to, len) };
+    }
     // SAFETY: `memcpy` with what it asks for.
     result(LANDING.with(|landing| unsafe {
         call_guarded(to.addr(), from.addr(), len, libc::memcpy as *const () as usize, landing.as_ptr())
     }))
+}
+
+/// # Safety
+/// As for [`copy`].
+#[inline]
+unsafe fn copy_by_string(from: *const u8, to: *mut u8, len: usize) -> Result<(), Fault> {
+    // What was noted of a single number is still to be asked for.
+    let noted = take_fault();
+    let left: usize;
+    // SAFETY: reads and writes what the caller may. The direction is forward, as everywhere.
+    unsafe {
+        guarded!("rep movsb", inout("rcx") len => left, inout("rsi") from => _, inout("rdi") to => _,);
+    }
+    let fault = if left > 0 { take_fault() } else { None };
+    if let Some(noted) = noted {
+        note_fault(noted);
+    }
+    // A fault that has an address of zero is one all the same.
+    if left == 0 { Ok(()) } else { Err(fault.unwrap_or(Fault { address: to.addr() })) }
 }
 
 /// Writes zeros. After a fault some may have been written.
