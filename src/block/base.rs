@@ -54,6 +54,11 @@ impl Base {
         self.file.note_read(offset, len, found);
     }
 
+    /// As [`CachedFile::let_go`].
+    pub fn let_go(&self, is_wanted: impl FnMut() -> bool) {
+        self.file.let_go(is_wanted);
+    }
+
     /// Notes that nobody knows whether these bytes are in memory.
     pub fn forget(&self, offset: u64, len: usize) {
         self.file.forget(offset, len);

@@ -27,6 +27,9 @@ const FOUND_BEFORE_ALL: u32 = 256;
 const MANY_BYTES: u64 = 64 << 10;
 const ALL_BYTES: u64 = 2 << 20;
 
+/// So much of a mapping is let go of at a time, which takes a fraction of a millisecond.
+const PART_BYTES: u64 = 64 << 20;
+
 /// The range of whole pieces of this size that has all of these bytes.
 fn widened(offset: u64, len: usize, piece: u64) -> (u64, u64) {
     let start = offset / piece * piece;
@@ -79,6 +82,8 @@ pub struct CachedFile {
     mapping: FileMapping,
     /// A bit for each page that was in memory.
     seen: ZeroedArray<AtomicU64>,
+    /// A bit for each part that has been read through the mapping since it was let go of.
+    mapped: ZeroedArray<AtomicU64>,
     /// How many in a row were, that were not known to be.
     found: AtomicU32,
     /// Whether the file system can give up rather than wait.
@@ -91,6 +96,7 @@ impl CachedFile {
         let len = file::len(&file)?;
         let words = len.div_ceil(PAGE_BYTES).div_ceil(u64::from(u64::BITS));
         Ok(CachedFile {
+            mapped: ZeroedArray::new(len.div_ceil(PART_BYTES * u64::from(u64::BITS)) as usize)?,
             mapping: FileMapping::new(&file, len)?,
             seen: ZeroedArray::new(usize::try_from(words).map_err(|_| io::ErrorKind::OutOfMemory)?)?,
             found: AtomicU32::new(0),
@@ -105,6 +111,7 @@ impl CachedFile {
             file: None,
             mapping: FileMapping::empty(),
             seen: ZeroedArray::empty(),
+            mapped: ZeroedArray::empty(),
             found: AtomicU32::new(0),
             gives_up: AtomicBool::new(false),
         }
@@ -134,6 +141,7 @@ impl CachedFile {
     pub fn read_with(&self, into: Writable<'_>, offset: u64, patience: Patience) -> io::Result<Option<usize>> {
         let into = into.part(0, self.mapping.len().saturating_sub(offset).min(usize::MAX as u64) as usize);
         if self.has_seen(offset, into.len()) && !is_always_cold() {
+            self.note_mapped(offset);
             return self.mapping.read(into, offset).map(Some);
         }
         self.read_unseen(into, offset, patience)
@@ -165,6 +173,35 @@ impl CachedFile {
             }
             // The mapping tells whether it is the file or the memory, and where.
             (_, Patience::Waits | Patience::Known) => self.mapping.read(into, offset).map(Some),
+        }
+    }
+
+    /// Notes that this byte is read through the mapping. What lies around it, and in another part by accident, is kept for longer or let go of too early.
+    #[inline]
+    fn note_mapped(&self, offset: u64) {
+        let part = offset / PART_BYTES;
+        let (word, bit) = ((part / 64) as usize, 1 << (part % 64));
+        if let Some(word) = self.mapped.get(word)
+            && word.load(Ordering::Relaxed) & bit == 0
+        {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Lets go of what it takes of memory to have the file mapped, a part at a time, until `is_wanted`. Whatever is read next takes some longer, once.
+    pub fn let_go(&self, mut is_wanted: impl FnMut() -> bool) {
+        let Some(file) = &self.file else { return };
+        for (index, word) in self.mapped.iter().enumerate() {
+            while word.load(Ordering::Relaxed) != 0 && !is_wanted() {
+                let bit = word.load(Ordering::Relaxed).trailing_zeros();
+                // Ahead of letting go: who reads meanwhile notes it again.
+                word.fetch_and(!1u64.checked_shl(bit).unwrap_or(0), Ordering::Relaxed);
+                let start = (index as u64 * u64::from(u64::BITS) + u64::from(bit)) * PART_BYTES;
+                if let Err(error) = self.mapping.let_go(file, start..self.bytes().min(start + PART_BYTES)) {
+                    log::debug!("what a mapping takes is not given back: {error}");
+                    return;
+                }
+            }
         }
     }
 

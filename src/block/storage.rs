@@ -71,6 +71,11 @@ impl FileStorage {
         &self.file
     }
 
+    /// As [`CachedFile::let_go`].
+    pub fn let_go(&self, is_wanted: impl FnMut() -> bool) {
+        self.cached.let_go(is_wanted);
+    }
+
     /// What lies behind the mapping of a file that has grown.
     #[inline]
     fn read_rest(&self, into: Writable<'_>, offset: u64, done: usize) -> io::Result<()> {

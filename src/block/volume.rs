@@ -484,6 +484,14 @@ impl<S: Storage> Volume<S> {
 }
 
 impl Volume<FileStorage> {
+    /// Lets go of what it takes of memory to have the files mapped, until `is_wanted`. Whatever is read next takes some longer, once.
+    pub fn let_go(&self, mut is_wanted: impl FnMut() -> bool) {
+        self.base.let_go(&mut is_wanted);
+        if let Some(delta) = &self.delta {
+            delta.storage().let_go(is_wanted);
+        }
+    }
+
     /// One of the files below, if there is one.
     pub fn file(&self, which: VolumeFile) -> Option<&File> {
         match which {

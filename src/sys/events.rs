@@ -39,14 +39,15 @@ impl Epoll {
         epoll::ctl(self.descriptor.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
     }
 
-    /// Waits until a descriptor of the set wakes it, at most so long.
-    pub fn wait(&self, limit: Option<Duration>) -> io::Result<()> {
+    /// Waits until a descriptor of the set wakes it, at most so long. Whether anything did.
+    pub fn wait(&self, limit: Option<Duration>) -> io::Result<bool> {
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 4];
         // Rounded up: what is left below a millisecond is not a busy loop.
         let timeout_ms = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
         match epoll::wait(self.descriptor.as_raw_fd(), timeout_ms, &mut events) {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
-            _ => Ok(()),
+            Ok(count) => Ok(count > 0),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
+            Err(error) => Err(error),
         }
     }
 }

@@ -36,16 +36,7 @@ impl FileMapping {
             return Ok(FileMapping::empty());
         }
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                0,
-            )
-        };
+        let start = unsafe { map(file, std::ptr::null_mut(), len, 0, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -76,6 +67,19 @@ impl FileMapping {
     /// Reads the bytes of a range into the page cache, and has page tables map them. An error, too, where the kernel cannot (before Linux 5.14).
     pub fn populate(&self, range: Range<u64>) -> io::Result<()> {
         self.advise(range.start, range.end.saturating_sub(range.start), libc::MADV_POPULATE_READ)
+    }
+
+    /// Maps a range anew, of the `file` that this is a mapping of, so that the kernel gives back the page tables that it took to map its pages. All is as it was, but
+    /// that the next access to a page finds it first.
+    pub fn let_go(&self, file: &File, range: Range<u64>) -> io::Result<()> {
+        let part = self.readable(range.start, usize::try_from(range.end - range.start).unwrap_or(usize::MAX));
+        if part.is_empty() {
+            return Ok(());
+        }
+        let offset = libc::off_t::try_from(range.start).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: a part of this mapping is replaced in one step by another of the same bytes, with the same rights.
+        let start = unsafe { map(file, part.address() as *mut _, part.len(), libc::MAP_FIXED, offset) };
+        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     /// `offset` is a multiple of a page.
@@ -120,6 +124,20 @@ impl FileMapping {
         // A copy need not begin at its start, so the byte itself means nothing.
         io::Error::other(PageError { offset: offset - offset % guard::PAGE_BYTES_MIN as u64 })
     }
+}
+
+/// # Safety
+/// As for `mmap` with these arguments.
+unsafe fn map(
+    file: &File,
+    place: *mut libc::c_void,
+    len: usize,
+    flags: libc::c_int,
+    offset: libc::off_t,
+) -> *mut libc::c_void {
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | flags;
+    // SAFETY: by this function's condition.
+    unsafe { libc::mmap(place, len, libc::PROT_READ, flags, file.as_raw_fd(), offset) }
 }
 
 impl Drop for FileMapping {

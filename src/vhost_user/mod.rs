@@ -25,6 +25,7 @@ pub mod polling;
 pub mod queue;
 pub mod reads;
 pub mod request;
+pub mod rest;
 pub mod ring;
 pub mod sandbox;
 pub mod service;

@@ -347,6 +347,11 @@ impl Ring {
             self.used.store_release(FLAGS_AT, 0);
         }
         full_barrier();
+        self.has_waiting()
+    }
+
+    /// Whether requests wait, or memory is gone, as the next check says.
+    pub fn has_waiting(&self) -> bool {
         self.available.load_acquire(INDEX_AT) != self.next_available || guard::has_fault()
     }
 }

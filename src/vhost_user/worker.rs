@@ -31,6 +31,7 @@ use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop
 use super::polling::Polling;
 use super::queue::{Queue, QueueLog, RunningQueue};
 use super::reads::Rings;
+use super::rest::{Repose, Rest};
 use super::ring::{self, Ring, RingError};
 use super::sandbox;
 use super::service::chain_of;
@@ -211,6 +212,8 @@ struct Worker {
     poll: Duration,
     /// Who waits for the disk, so that queues do not.
     errands: Arc<Errands>,
+    /// Which of them are at rest.
+    rest: Arc<Rest>,
     /// By what queues have the kernel read meanwhile.
     read_rings: Option<Arc<Rings>>,
     rings: BTreeMap<u16, RunningRing>,
@@ -272,6 +275,7 @@ impl Worker {
         };
         let (volume, device) = (Arc::new(volume), Arc::new(Device::new(opened.description(order.queues))));
         let worker = Worker {
+            rest: Arc::new(Rest::new(Arc::clone(&volume))),
             errands: Arc::new(Errands::new(Arc::clone(&volume), Arc::clone(&device))),
             volume,
             device,
@@ -385,6 +389,7 @@ impl Worker {
             polling: Polling::new(self.poll),
             errands: Arc::clone(&self.errands),
             read_rings: self.read_rings.clone(),
+            repose: Repose::new(Arc::clone(&self.rest)),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),
             device: Arc::clone(&self.device),

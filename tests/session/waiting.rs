@@ -124,6 +124,34 @@ fn each_flush_of_many_makes_what_was_written_durable() {
     }
 }
 
+/// Page tables are for pages that are mapped, so it is those that are counted.
+#[test]
+fn a_worker_at_rest_lets_go_of_what_it_has_mapped_and_reads_on() {
+    let disk = Disk::new(96 << 20);
+    let backend = disk.serve();
+    let mut client = Client::start(&backend, &Profile::qemu());
+    let (mut queue, worker) = (client.queues.remove(0), backend.worker());
+    let mapped = || -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{worker}/status")).expect("it lives");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssFile:")).expect("the kernel counts them");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    };
+    let at_first = mapped();
+    // What is read for the second time comes from the mapping.
+    let mut read_all = || {
+        for sector in (0..2 * disk.contents.len() / SECTOR).step_by(128) {
+            let at = sector * SECTOR % disk.contents.len();
+            assert!(queue.read((at / SECTOR) as u64, 128 * SECTOR) == disk.contents[at..][..128 * SECTOR], "at {at}");
+        }
+    };
+    read_all();
+    let afterwards = mapped();
+    assert!(afterwards > at_first + (64 << 10), "{at_first} KiB, and {afterwards} after all was read");
+    wait_until("it has let go", || mapped() < at_first + (1 << 10));
+    read_all();
+    assert!(mapped() > at_first + (64 << 10), "and maps again what is read again");
+}
+
 /// Where the tests' files can be dropped from memory; elsewhere they are read as ever.
 #[test]
 fn what_is_not_in_memory_is_read_right() {

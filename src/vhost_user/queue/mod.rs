@@ -29,6 +29,7 @@ use crate::vhost_user::order::RingStop;
 use crate::vhost_user::polling::Polling;
 use crate::vhost_user::reads::{ReadRequest, Rings};
 use crate::vhost_user::request::{self, Errand, Manner, Status};
+use crate::vhost_user::rest::{self, Repose};
 use crate::vhost_user::ring::{Chain, Ring, RingError};
 use crate::vhost_user::steps::{self, Step};
 use crate::vhost_user::vitals::Vitals;
@@ -66,6 +67,8 @@ pub struct Queue {
     pub polling: Polling,
     /// Who waits for the disk.
     pub errands: Arc<Errands>,
+    /// What to let go of when it comes to rest.
+    pub repose: Repose,
     /// By what the kernel reads meanwhile, if that can be had.
     pub read_rings: Option<Arc<Rings>>,
     /// The guest's memory.
@@ -209,7 +212,9 @@ impl Queue {
                 // What was taken is completed also when the ring broke behind it.
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 let shown = Instant::now();
-                if shown - taken > copies_at_most(away.copied.iter().map(|(_, len)| len).sum()) {
+                let copied = away.copied.iter().map(|(_, len)| len).sum();
+                self.repose.note_read(copied);
+                if shown - taken > copies_at_most(copied) {
                     away.copied.iter().for_each(|(offset, len)| self.volume.forget(*offset, *len));
                 }
                 away.copied.clear();
@@ -224,7 +229,7 @@ impl Queue {
                 result?;
             } else if !self.poll(idle_since, stop, &away)? {
                 if !self.resume_kicks() {
-                    epoll.wait(self.hold.until_try()).map_err(QueueError::Wait)?;
+                    self.sleep(epoll, stop)?;
                 }
                 self.suspend_kicks();
             }
@@ -361,6 +366,18 @@ impl Queue {
             }
             last = now;
         }
+    }
+
+    /// Waits until there is something to do.
+    fn sleep(&mut self, epoll: &Epoll, stop: &Stop) -> Result<(), QueueError> {
+        let until_rest = self.repose.is_awake().then_some(rest::AFTER);
+        let limit = [self.hold.until_try(), until_rest].into_iter().flatten().min();
+        let woken = epoll.wait(limit).map_err(QueueError::Wait)?;
+        if !woken && until_rest.is_some_and(|until_rest| limit == Some(until_rest)) {
+            let ring = &self.ring;
+            self.repose.begin(|| ring.has_waiting() || stop.asked.load(Ordering::Acquire));
+        }
+        Ok(())
     }
 
     /// Makes the batch's writes safe, and then shows its completions to the driver.
