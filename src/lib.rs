@@ -33,6 +33,7 @@
 //! 3. [`block::Volume`] looks up the clusters. Are they all in the delta, the bytes go to the file with one `pwritev`, straight
 //!    from guest memory. If not, it takes the exclusion of their stretch, and the `pwritev` writes whole clusters: the guest's bytes
 //!    between those of the base. Then it marks the clusters, in memory.
+//!    Writes of a batch that follow on each other go there together ([`block::writes`]).
 //! 4. After the batch, [`block::delta::Delta::commit`] appends the new marks to the mark log in the file, with one write.
 //!    The page cache now holds data and mark: no death of this process can lose them.
 //! 5. The queue writes the statuses and the used entries, publishes them with one store of the used index, and notifies the driver once, if it

@@ -10,6 +10,7 @@ pub mod delta;
 mod error;
 pub mod storage;
 mod volume;
+pub mod writes;
 
 pub use error::Error;
 pub use volume::{Batch, Place, Sources, Volume, VolumeFile};

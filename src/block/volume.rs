@@ -445,6 +445,11 @@ impl<S: Storage> Volume<S> {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(super) fn delta_storage(&self) -> &S {
+        self.delta.as_ref().expect("a delta").storage()
+    }
+
     /// Makes the writes of a batch safe from the death of the process. When this fails, none of them may be reported as complete.
     pub fn commit(&self, batch: &mut Batch) -> Result<(), Error> {
         match &self.delta {

@@ -74,7 +74,7 @@ impl From<Fault> for RequestError {
 impl RequestError {
     /// The same error with the guest's address of what it is about, if it is about memory.
     #[cold]
-    fn located(self, memory: &GuestMemory) -> RequestError {
+    pub fn located(self, memory: &GuestMemory) -> RequestError {
         match self {
             RequestError::Volume(block::Error::Memory(fault)) => match memory.guest_address_of(fault) {
                 Some(guest_address) => RequestError::Memory { guest_address },
@@ -109,6 +109,8 @@ impl RequestError {
 pub enum Manner {
     /// Not at all, if it would have to wait for the disk, as far as that is known or found out.
     AtOnce(Patience),
+    /// As well, and a write not at all either: it may go with others.
+    Together(Patience),
     /// It is one that has to wait, and may.
     Waits,
     /// It is a flush, and all has been flushed since it was taken.
@@ -122,12 +124,23 @@ pub enum Errand {
     Flush,
 }
 
+/// Why a request is put off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOff {
+    /// It is a write that may go with others. It has been checked, and is to put the readable buffers from [`Outcome::data_from`] on at [`Outcome::offset`].
+    Write,
+    /// It comes behind writes that were put off.
+    BehindWrites,
+}
+
 /// What a carried-out request leaves to do.
 pub struct Outcome<'m> {
     /// The byte for the status; none when the driver gave none.
     pub status_place: Option<Writable<'m>>,
     /// What it has to wait for, if it has not been carried out for that.
     pub errand: Option<Errand>,
+    /// Whether it is left to whoever asked, and why.
+    pub put_off: Option<PutOff>,
     /// What went wrong, if anything.
     pub result: Result<(), RequestError>,
     /// Bytes of data that the device wrote, without the status.
@@ -136,9 +149,11 @@ pub struct Outcome<'m> {
     pub wrote: bool,
     /// What it was.
     pub kind: Kind,
-    /// Bytes of the volume that it was about, and where they begin, of a read.
+    /// Bytes of the volume that it was about, and where they begin, of a read or write.
     pub bytes: u64,
     pub offset: u64,
+    /// Which of the readable buffers is the first with data.
+    pub data_from: usize,
 }
 
 /// The fixed part of a request.
@@ -160,12 +175,14 @@ pub fn execute<'m>(
     let mut outcome = Outcome {
         status_place: take_status(chain),
         errand: None,
+        put_off: None,
         result: Ok(()),
         data_bytes: 0,
         wrote: false,
         kind: Kind::Other,
         bytes: 0,
         offset: 0,
+        data_from: 0,
     };
     if outcome.status_place.is_none() {
         outcome.result = Err(RequestError::NoStatus);
@@ -173,7 +190,7 @@ pub fn execute<'m>(
     }
     let result = carry_out(chain, volume, serial, batch, manner, &mut outcome);
     outcome.result = result.map_err(|error| error.located(memory));
-    if outcome.errand.is_some() {
+    if outcome.errand.is_some() || outcome.put_off == Some(PutOff::BehindWrites) {
         // As it was, to be carried out once more.
         chain.writable.extend(outcome.status_place.take());
     }
@@ -188,19 +205,27 @@ fn carry_out(
     manner: Manner,
     outcome: &mut Outcome<'_>,
 ) -> Result<(), RequestError> {
-    let (header, first) = take_header(chain)?;
-    let readable = &chain.readable[first..];
-    let is_first = matches!(manner, Manner::AtOnce(_));
-    if !is_first && !matches!(header.kind, virtio_blk::VIRTIO_BLK_T_IN | virtio_blk::VIRTIO_BLK_T_FLUSH) {
+    let (header, first, skipped) = read_header(chain)?;
+    outcome.data_from = first;
+    let patience = match manner {
+        Manner::AtOnce(patience) | Manner::Together(patience) => Some(patience),
+        Manner::Waits | Manner::Flushed => None,
+    };
+    if matches!(header.kind, virtio_blk::VIRTIO_BLK_T_DISCARD | virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES)
+        && matches!(manner, Manner::Together(_))
+    {
+        outcome.put_off = Some(PutOff::BehindWrites);
+        return Ok(());
+    }
+    if patience.is_none() && !matches!(header.kind, virtio_blk::VIRTIO_BLK_T_IN | virtio_blk::VIRTIO_BLK_T_FLUSH) {
         return Err(RequestError::Changed);
     }
     match header.kind {
         virtio_blk::VIRTIO_BLK_T_IN => {
             outcome.kind = Kind::Read;
             let len = check_data(total_len_writable(&chain.writable))?;
-            let patience = if let Manner::AtOnce(patience) = manner { patience } else { Patience::Waits };
             let offset = offset_of(header.sector)?;
-            if !volume.read_in_batch(offset, &chain.writable, batch, patience)? {
+            if !volume.read_in_batch(offset, &chain.writable, batch, patience.unwrap_or(Patience::Waits))? {
                 outcome.errand = Some(Errand::Read);
             }
             (outcome.offset, outcome.bytes, outcome.data_bytes) = (offset, len.into(), len);
@@ -208,16 +233,26 @@ fn carry_out(
         }
         virtio_blk::VIRTIO_BLK_T_OUT => {
             outcome.kind = Kind::Write;
+            let readable = data_of(chain, first, skipped);
             outcome.bytes = check_data(total_len_readable(readable))?.into();
+            outcome.offset = offset_of(header.sector)?;
             outcome.wrote = true;
-            Ok(volume.write(offset_of(header.sector)?, readable, batch)?)
+            if !matches!(manner, Manner::Together(_)) {
+                return Ok(volume.write(outcome.offset, readable, batch)?);
+            }
+            if volume.is_read_only() {
+                return Err(block::Error::ReadOnly.into());
+            }
+            volume.check_range(outcome.offset, outcome.bytes)?;
+            outcome.put_off = Some(PutOff::Write);
+            Ok(())
         }
         virtio_blk::VIRTIO_BLK_T_FLUSH => {
             outcome.kind = Kind::Flush;
             match manner {
-                Manner::AtOnce(_) if volume.has_to_sync() => outcome.errand = Some(Errand::Flush),
+                Manner::AtOnce(_) | Manner::Together(_) if volume.has_to_sync() => outcome.errand = Some(Errand::Flush),
                 Manner::Flushed => {}
-                Manner::AtOnce(_) | Manner::Waits => volume.flush()?,
+                Manner::AtOnce(_) | Manner::Together(_) | Manner::Waits => volume.flush()?,
             }
             Ok(())
         }
@@ -236,7 +271,7 @@ fn carry_out(
             let is_discard = kind == virtio_blk::VIRTIO_BLK_T_DISCARD;
             outcome.kind = if is_discard { Kind::Discard } else { Kind::WriteZeroes };
             outcome.wrote = true;
-            ranges(kind, readable, volume, batch, &mut outcome.bytes)
+            ranges(kind, data_of(chain, first, skipped), volume, batch, &mut outcome.bytes)
         }
         kind => Err(RequestError::Kind { kind }),
     }
@@ -260,13 +295,24 @@ fn take_status<'m>(chain: &mut Chain<'m>) -> Option<Writable<'m>> {
     None
 }
 
-/// Takes the header off the chain: also says which readable buffer the data starts with.
-fn take_header(chain: &mut Chain<'_>) -> Result<(Header, usize), RequestError> {
+/// The data of a request, whose header ends so many bytes behind the start of the readable buffer `first`. Takes those bytes off.
+fn data_of<'c, 'm>(chain: &'c mut Chain<'m>, first: usize, skipped: usize) -> &'c [Readable<'m>] {
+    let readable = &mut chain.readable[first..];
+    if skipped > 0
+        && let Some(buffer) = readable.first_mut()
+    {
+        *buffer = buffer.part(skipped, usize::MAX);
+    }
+    readable
+}
+
+/// Reads the header of the chain: also says with which readable buffer the data starts, and behind how many of its bytes.
+fn read_header(chain: &Chain<'_>) -> Result<(Header, usize, usize), RequestError> {
     let mut bytes = [0; HEADER_BYTES];
     let mut found = 0;
-    let mut first = 0;
+    let (mut first, mut skipped) = (0, 0);
     while found < HEADER_BYTES {
-        let Some(buffer) = chain.readable.get_mut(first) else {
+        let Some(buffer) = chain.readable.get(first) else {
             return Err(RequestError::Header { len: found as u64 });
         };
         let len = buffer.copy_to_slice(&mut bytes[found..])?;
@@ -274,12 +320,12 @@ fn take_header(chain: &mut Chain<'_>) -> Result<(Header, usize), RequestError> {
         if len == buffer.len() {
             first += 1;
         } else {
-            *buffer = buffer.part(len, usize::MAX);
+            skipped = len;
         }
     }
     let value = u128::from_le_bytes(bytes);
     // Between the two: the I/O priority, which means nothing to a host.
-    Ok((Header { kind: value as u32, sector: (value >> 64) as u64 }, first))
+    Ok((Header { kind: value as u32, sector: (value >> 64) as u64 }, first, skipped))
 }
 
 fn check_data(len: u64) -> Result<u32, RequestError> {

@@ -117,6 +117,7 @@ impl Queue {
                 status,
                 status_place: None,
                 wrote: false,
+                is_full: false,
                 is_late: true,
             });
         }
@@ -156,6 +157,7 @@ impl Queue {
                 status: Status::Ok,
                 status_place: Some(status_place),
                 wrote: false,
+                is_full: false,
                 is_late: true,
             });
         }

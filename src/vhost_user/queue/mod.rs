@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::block::writes::Writes;
 use crate::block::{self, Batch, Volume};
 use crate::sys::buffers::Writable;
 use crate::sys::events::{self, Epoll};
@@ -28,7 +29,7 @@ use crate::vhost_user::hold::Hold;
 use crate::vhost_user::order::RingStop;
 use crate::vhost_user::polling::Polling;
 use crate::vhost_user::reads::{ReadRequest, Rings};
-use crate::vhost_user::request::{self, Errand, Manner, Status};
+use crate::vhost_user::request::{self, Errand, Manner, PutOff, RequestError, Status};
 use crate::vhost_user::rest::{self, Repose};
 use crate::vhost_user::ring::{Chain, Ring, RingError};
 use crate::vhost_user::steps::{self, Step};
@@ -127,6 +128,8 @@ struct Completion<'m> {
     status: Status,
     status_place: Option<Writable<'m>>,
     wrote: bool,
+    /// It was to write, and there was no room.
+    is_full: bool,
     /// It has come back from an errand: its status is written, and it is counted.
     is_late: bool,
 }
@@ -168,6 +171,7 @@ impl Queue {
         // What the kernel writes is not noted: threads do that while a log is kept.
         let mut away = Away::new(inbox, self.read_rings.clone().filter(|_| self.log.is_none()));
         let mut batch = Batch::default();
+        let mut writes = Writes::default();
         let mut tally = Tally::default();
         let mut chain = Chain { written: self.log.is_some().then(Vec::new), ..Chain::default() };
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
@@ -207,9 +211,10 @@ impl Queue {
                 self.take_back(&mut away, &mut completions, complaints);
                 self.take_reads(&mut away, &mut completions, complaints);
                 let batch_of = (taken, waiting);
-                let all = (&mut completions, &mut batch, &mut away);
+                let all = (&mut completions, &mut batch, &mut writes, &mut away);
                 let result = self.serve_batch(batch_of, &memory, &mut chain, all, epoll, complaints);
                 // What was taken is completed also when the ring broke behind it.
+                self.carry_out(&mut writes, &mut completions, &mut batch, &memory, complaints);
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 let shown = Instant::now();
                 let copied = away.copied.iter().map(|(_, len)| len).sum();
@@ -244,7 +249,7 @@ impl Queue {
         (taken, waiting): (Instant, u16),
         memory: &'m Arc<GuestMemory>,
         chain: &mut Chain<'m>,
-        (completions, batch, away): (&mut Vec<Completion<'m>>, &mut Batch, &mut Away<'m>),
+        (completions, batch, writes, away): (&mut Vec<Completion<'m>>, &mut Batch, &mut Writes<'m>, &mut Away<'m>),
         epoll: &Epoll,
         complaints: &mut Complaints,
     ) -> Result<(), RingError> {
@@ -280,15 +285,21 @@ impl Queue {
                     status: Status::IoError,
                     status_place: None,
                     wrote: false,
+                    is_full: false,
                     is_late: false,
                 };
                 completions.push(nothing);
                 continue;
             }
             let serial = &self.device.description().serial;
-            let manner = Manner::AtOnce(away.reads.patience());
-            let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, manner);
-            if let Some(errand) = outcome.errand {
+            let patience = away.reads.patience();
+            let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::Together(patience));
+            if outcome.put_off == Some(PutOff::Write) {
+                writes.put_off(outcome.offset, &chain.readable[outcome.data_from..], completions.len());
+            } else if outcome.put_off == Some(PutOff::BehindWrites) {
+                self.carry_out(writes, completions, batch, memory, complaints);
+                outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::AtOnce(patience));
+            } else if let Some(errand) = outcome.errand {
                 let is_lone =
                     errand == Errand::Flush && waiting == 0 && completions.is_empty() && !away.is_waited_for();
                 let stays = is_lone && away.habit.is_alone() && !self.volume.is_flushing();
@@ -338,6 +349,7 @@ impl Queue {
                 status,
                 status_place: outcome.status_place,
                 wrote: outcome.wrote,
+                is_full: false,
                 is_late: false,
             });
         }
@@ -380,6 +392,28 @@ impl Queue {
         Ok(())
     }
 
+    /// Carries out the writes that were put off.
+    fn carry_out(
+        &self,
+        writes: &mut Writes<'_>,
+        completions: &mut [Completion<'_>],
+        batch: &mut Batch,
+        memory: &GuestMemory,
+        complaints: &mut Complaints,
+    ) {
+        if writes.is_empty() {
+            return;
+        }
+        writes.carry_out(&self.volume, batch, |number, error| {
+            let error = RequestError::from(error).located(memory);
+            complaints.request(&error);
+            let completion = &mut completions[number];
+            completion.status = error.status();
+            completion.is_full = error.is_full();
+        });
+        steps::reach(Step::Executed);
+    }
+
     /// Makes the batch's writes safe, and then shows its completions to the driver.
     fn finish_batch(
         &mut self,
@@ -402,7 +436,8 @@ impl Queue {
         }
         let is_full = safe.as_ref().is_err_and(block::Error::is_full);
         for completion in completions.drain(..) {
-            if completion.wrote && is_full && completion.status == Status::Ok && self.keep(completion.head) {
+            let is_full = completion.is_full || completion.wrote && is_full && completion.status == Status::Ok;
+            if is_full && self.keep(completion.head) {
                 continue;
             }
             let status = if completion.wrote && safe.is_err() { Status::IoError } else { completion.status };

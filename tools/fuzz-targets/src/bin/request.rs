@@ -12,13 +12,14 @@ use pando::block::cached::{self, Patience};
 use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::{self, Delta, Lifetime};
 use pando::block::storage::FileStorage;
+use pando::block::writes::Writes;
 use pando::block::{Batch, Volume};
 use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::file;
 use pando::sys::guest::GuestMemory;
 use pando::units::ClusterSize;
-use pando::vhost_user::request::{self, Errand, Manner, Outcome, Status};
+use pando::vhost_user::request::{self, Errand, Manner, Outcome, PutOff, Status};
 use pando::vhost_user::ring::Chain;
 
 const SECTOR: usize = 512;
@@ -197,8 +198,21 @@ impl Disk {
         let volume = self.volume.as_ref().unwrap();
         let how = choices.below(6);
         cached::pretend_cold(how % 3 == 0);
-        let (memory, manner) = (GuestMemory::default(), Manner::AtOnce(Patience::AtOnce));
-        let outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, manner);
+        let memory = GuestMemory::default();
+        let manners = [Manner::AtOnce, Manner::Together].map(|manner| manner(Patience::AtOnce));
+        let manner = manners[usize::from(how == 4)];
+        let mut outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, manner);
+        match outcome.put_off {
+            Some(PutOff::Write) => {
+                let mut writes = Writes::default();
+                writes.put_off(outcome.offset, &chain.readable[outcome.data_from..], 0);
+                writes.carry_out(volume, batch, |_, error| outcome.result = Err(error.into()));
+            }
+            Some(PutOff::BehindWrites) => {
+                outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, manners[0]);
+            }
+            None => {}
+        }
         let Outcome { status_place, result, data_bytes, .. } = match outcome.errand {
             None => outcome,
             // As a queue has the kernel do it.
