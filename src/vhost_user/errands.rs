@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -53,6 +53,43 @@ impl FlushHabit {
     }
 }
 
+/// How many flushes to expect together: as many as there are queues that have lately flushed.
+///
+/// Queues that each flush again as soon as they are answered come in two groups otherwise: the first one's flush is under way when the others come, and theirs when it comes
+/// again. Whoever waits for the others for an instant has all of them served by one.
+#[derive(Default)]
+struct Company {
+    /// Queues, and the number of the last flush that each had a part in.
+    seen: Vec<(usize, u64)>,
+    /// Flushes so far.
+    flushes: u64,
+    /// How long the last one took.
+    took: Duration,
+}
+
+impl Company {
+    /// A queue that has taken no part in so many flushes is not waited for.
+    const LATELY: u64 = 2;
+    /// Nor is any for longer than this, nor than half of what the last flush took.
+    const PATIENCE_MAX: Duration = Duration::from_micros(500);
+
+    fn expected(&self) -> usize {
+        self.seen.len()
+    }
+
+    /// Notes which queues have a part in a flush.
+    fn note(&mut self, queues: impl Iterator<Item = usize>) {
+        self.flushes += 1;
+        for queue in queues {
+            match self.seen.iter_mut().find(|(known, _)| *known == queue) {
+                Some((_, flush)) => *flush = self.flushes,
+                None => self.seen.push((queue, self.flushes)),
+            }
+        }
+        self.seen.retain(|(_, flush)| flush + Self::LATELY > self.flushes);
+    }
+}
+
 /// The threads of a worker.
 pub struct Errands {
     shared: Arc<Shared>,
@@ -63,6 +100,10 @@ struct Shared {
     device: Arc<Device>,
     state: Mutex<State>,
     more: Condvar,
+    /// How many flushes there are in the state.
+    flushes: AtomicUsize,
+    /// The queue that has flushed last, by itself or here.
+    last_flusher: AtomicU32,
 }
 
 #[derive(Default)]
@@ -71,6 +112,7 @@ struct State {
     /// Flushes, which one sync serves together.
     flushes: Vec<Job>,
     is_flushing: bool,
+    company: Company,
     threads: usize,
     idle: usize,
     closed: bool,
@@ -170,7 +212,13 @@ impl Errands {
     /// None yet.
     pub fn new(volume: Arc<Volume>, device: Arc<Device>) -> Errands {
         let (state, more) = (Mutex::default(), Condvar::new());
-        Errands { shared: Arc::new(Shared { volume, device, state, more }) }
+        let (flushes, last_flusher) = (AtomicUsize::new(0), AtomicU32::new(u32::MAX));
+        Errands { shared: Arc::new(Shared { volume, device, state, more, flushes, last_flusher }) }
+    }
+
+    /// Notes that a queue flushes. Whether the last flush was its as well.
+    pub fn flushes_again(&self, queue: u16) -> bool {
+        self.shared.last_flusher.swap(queue.into(), Ordering::Relaxed) == u32::from(queue)
     }
 
     /// Hands a request over. An error when there is no thread for it: then whoever asks has to wait after all.
@@ -187,7 +235,10 @@ impl Errands {
         }
         match errand {
             Errand::Read => state.waiting.push_back(job),
-            Errand::Flush => state.flushes.push(job),
+            Errand::Flush => {
+                state.flushes.push(job);
+                self.shared.flushes.store(state.flushes.len(), Ordering::Relaxed);
+            }
         }
         drop(state);
         self.shared.more.notify_one();
@@ -208,13 +259,25 @@ impl Shared {
         loop {
             if !state.flushes.is_empty() && !state.is_flushing {
                 state.is_flushing = true;
+                let expected = state.company.expected();
+                if state.flushes.len() < expected {
+                    let patience = (state.company.took / 2).min(Company::PATIENCE_MAX);
+                    drop(state);
+                    self.wait_for_company(expected, patience);
+                    state = lock(&self.state);
+                }
                 let jobs = std::mem::take(&mut state.flushes);
+                self.flushes.store(0, Ordering::Relaxed);
+                state.company.note(jobs.iter().map(|job| Arc::as_ptr(&job.inbox).addr()));
                 drop(state);
                 // All of them were handed over before this, and the writes that they speak of are complete. When it fails, each finds out why.
+                let begun = Instant::now();
                 let manner = self.volume.flush().map_or(Manner::Waits, |()| Manner::Flushed);
+                let took = begun.elapsed();
                 jobs.into_iter().for_each(|job| self.carry_out(job, manner));
                 state = lock(&self.state);
                 state.is_flushing = false;
+                state.company.took = took;
             } else if let Some(job) = state.waiting.pop_front() {
                 drop(state);
                 self.carry_out(job, Manner::Waits);
@@ -232,6 +295,15 @@ impl Shared {
             }
         }
         state.threads -= 1;
+    }
+
+    /// Waits for so many flushes, for an instant.
+    fn wait_for_company(&self, expected: usize, patience: Duration) {
+        let begun = Instant::now();
+        while self.flushes.load(Ordering::Relaxed) < expected && begun.elapsed() < patience {
+            // Those who are about to come may want this very processor.
+            std::thread::yield_now();
+        }
     }
 
     fn carry_out(&self, job: Job, manner: Manner) {

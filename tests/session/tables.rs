@@ -80,6 +80,16 @@ fn be_served(backend: &mut Backend, client: &mut Client) -> Result<(), Broken> {
     execute(backend, queue, DISCARD, 0, &range_bytes(&[(16, 8, 0)]), 0)
 }
 
+/// Two queues that flush, one after the other, so that the flush of one waits for that of the other in the end.
+fn flush_by_turns(backend: &mut Backend, client: &mut Client) -> Result<(), Broken> {
+    for round in 0..4 {
+        let queue = &mut client.queues[round % 2];
+        execute(backend, queue, OUT, 32, &[8; SECTOR], 0)?;
+        execute(backend, queue, FLUSH, 0, &[], 0)?;
+    }
+    Ok(())
+}
+
 /// The keeper may have no more descriptors than it has, when the first front end comes.
 fn run_out(backend: &mut Backend) -> Result<(), Broken> {
     let keeper = Pid::from_raw(backend.keeper().cast_signed()).expect("a number");
@@ -190,8 +200,9 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
         if part == Part::Alone {
             run_out(backend)?;
             for _ in 0..2 {
-                let mut client = Client::start(backend, &Profile::qemu());
+                let mut client = Client::start(backend, &Profile::qemu().queues(2));
                 be_served(backend, &mut client)?;
+                flush_by_turns(backend, &mut client)?;
             }
             be_interrupted(backend)?;
         }

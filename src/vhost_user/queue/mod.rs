@@ -302,7 +302,8 @@ impl Queue {
             } else if let Some(errand) = outcome.errand {
                 let is_lone =
                     errand == Errand::Flush && waiting == 0 && completions.is_empty() && !away.is_waited_for();
-                let stays = is_lone && away.habit.is_alone() && !self.volume.is_flushing();
+                let is_again = errand == Errand::Flush && self.errands.flushes_again(self.index);
+                let stays = is_lone && is_again && away.habit.is_alone() && !self.volume.is_flushing();
                 if errand == Errand::Read
                     && let Some((status_place, data)) = chain.writable.split_last()
                     && away.reads.begin(
