@@ -22,6 +22,8 @@ pub enum Task {
     Verify(VerifyOptions),
     /// Compare backends on all workloads, several times in turn, and print the medians.
     Suite(SuiteOptions),
+    /// Draw a record of that, without measuring.
+    Plot(PlotOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
     /// Measure what a guest notices: of killed workers, upgrades, accounts of what is in flight, and a hostile neighbour.
@@ -155,7 +157,10 @@ pub struct SuiteOptions {
     /// flight.
     #[arg(long, value_parser = parse_bytes, default_value = "0")]
     pub buffers: u64,
-    /// Write everything that was measured to this file.
+    /// Directory that keeps the record of the last whole run, and of the last part of one.
+    #[arg(long)]
+    pub results_dir: PathBuf,
+    /// Write everything that was measured to this file too.
     #[arg(long)]
     pub json: Option<PathBuf>,
     /// Print Markdown tables.
@@ -171,6 +176,15 @@ impl SuiteOptions {
     pub fn seconds(&self) -> f64 {
         self.seconds.unwrap_or(if self.quick { 0.5 } else { 2.0 })
     }
+}
+
+#[derive(Debug, Args)]
+pub struct PlotOptions {
+    /// A run's record, as the suite writes it.
+    pub record: PathBuf,
+    /// Where the drawing goes.
+    #[arg(long)]
+    pub svg: PathBuf,
 }
 
 #[derive(Debug, Args)]

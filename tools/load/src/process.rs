@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
@@ -31,7 +31,7 @@ pub struct Backend {
 }
 
 /// What a backend holds, summed over its processes.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Weight {
     pub processes: u64,
     pub threads: u64,

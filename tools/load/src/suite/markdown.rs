@@ -33,7 +33,7 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
     if record.standing.is_empty() {
         return Ok(());
     }
-    let names = record.standing.iter().map(|standing| standing.name);
+    let names = record.standing.iter().map(|standing| standing.name.as_str());
     head(out, "Start-up and rest", names)?;
     for (name, figure) in STANDING {
         write!(out, "| {name} |")?;
@@ -59,7 +59,7 @@ fn table(
     limit: Option<fn(&RowRecord) -> Option<f64>>,
     figure: fn(&Sample) -> f64,
 ) -> std::fmt::Result {
-    let names = record.contestants.iter().map(|identity| identity.name);
+    let names = record.contestants.iter().map(|identity| identity.name.as_str());
     head(out, title, limit.map(|_| "limit").into_iter().chain(names))?;
     for row in &record.rows {
         write!(out, "| {} |", row.name)?;

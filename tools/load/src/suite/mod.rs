@@ -14,7 +14,7 @@ pub mod site;
 mod standing;
 pub mod text;
 
-use std::fs::File;
+use std::fs;
 use std::io::Write;
 use std::time::Duration;
 
@@ -48,13 +48,14 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
         qemu_img: options.qemu_img.clone(),
         load: std::env::current_exe()?,
     };
+    fs::create_dir_all(&options.results_dir).with_context(|| options.results_dir.display().to_string())?;
     let site = Site::new(&options.work_dir, programs)?;
     let mut contestants = Vec::new();
     let mut identities = Vec::new();
     for contestant in CONTESTANTS.iter().filter(|it| wanted(&options.contestants, it.name)) {
         match (contestant.version)(&site.programs) {
             Ok(version) => {
-                let Contestant { name, about, .. } = *contestant;
+                let (name, about) = (contestant.name.to_owned(), contestant.about.to_owned());
                 identities.push(Identity { name, about, version });
                 contestants.push(contestant);
             }
@@ -92,9 +93,10 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
         record.standing = standing::measure(&suite)?;
     }
     progress("");
-    if let Some(path) = &options.json {
-        let file = File::create(path).with_context(|| path.display().to_string())?;
-        serde_json::to_writer_pretty(file, &record)?;
+    let is_whole = options.only.is_empty() && options.contestants.is_empty();
+    let kept = options.results_dir.join(if is_whole { record::WHOLE_RUN } else { record::PARTIAL_RUN });
+    for path in options.json.iter().chain([&kept]) {
+        record.save(path)?;
     }
     let report = if options.markdown { markdown::report(&record) } else { text::report(&record) };
     print!("{report}");
@@ -134,7 +136,7 @@ impl Suite<'_> {
         let mut records: Vec<_> = rows
             .iter()
             .map(|row| RowRecord {
-                name: row.name,
+                name: row.name.to_owned(),
                 limit: Vec::new(),
                 bare_pread: Vec::new(),
                 samples: self.contestants.iter().map(|_| Vec::new()).collect(),

@@ -31,7 +31,7 @@ pub fn measure(suite: &Suite) -> Result<Vec<StandingRecord>> {
     let mut records: Vec<_> = suite
         .contestants
         .iter()
-        .map(|contestant| StandingRecord { name: contestant.name, samples: Vec::new() })
+        .map(|contestant| StandingRecord { name: contestant.name.to_owned(), samples: Vec::new() })
         .collect();
     for round in 0..suite.manner.rounds {
         for (contestant, record) in suite.contestants.iter().zip(&mut records) {

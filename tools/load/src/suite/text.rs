@@ -40,7 +40,7 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
 
 fn write_row(out: &mut String, record: &Record, row: &RowRecord) -> std::fmt::Result {
     writeln!(out, "\n{}", row.name)?;
-    let first = record.contestants.first().map_or("", |identity| identity.name);
+    let first = record.contestants.first().map_or("", |identity| identity.name.as_str());
     writeln!(
         out,
         "  {:<14} {:>9} {:>8} {:>9} {:>9} {:>8} {:>8} {:>20}",
