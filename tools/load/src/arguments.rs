@@ -24,6 +24,8 @@ pub enum Task {
     Suite(SuiteOptions),
     /// Draw a record of that, without measuring.
     Plot(PlotOptions),
+    /// Draw where pando's processor time goes, line by line.
+    Profile(InspectOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
     /// Measure what a guest notices: of killed workers, upgrades, accounts of what is in flight, and a hostile neighbour.
@@ -185,6 +187,24 @@ pub struct PlotOptions {
     /// Where the drawing goes.
     #[arg(long)]
     pub svg: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectOptions {
+    /// Directory for this run's files, removed at its end. It should not be in memory.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    /// Directory for what is kept of it.
+    #[arg(long)]
+    pub results_dir: PathBuf,
+    #[arg(long, default_value = "pando-blk")]
+    pub pando_blk: PathBuf,
+    /// Only the lines whose name contains this, instead of the usual ones; may be repeated.
+    #[arg(long)]
+    pub only: Vec<String>,
+    /// Time for each line.
+    #[arg(long, default_value_t = 5.0)]
+    pub seconds: f64,
 }
 
 #[derive(Debug, Args)]

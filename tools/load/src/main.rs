@@ -2,7 +2,8 @@
 //!
 //! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
 //! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
-//! asked for. `suite` compares backends, `process` weighs them, `plot` draws what was found; `host` measures the daemon of a host by its API,
+//! asked for. `suite` compares backends, `process` weighs them, `plot` draws what was found, and `inspect` looks into
+//! one at work; `host` measures the daemon of a host by its API,
 //! `survive` what a guest notices of all that goes wrong, and `soak` sees what daemon and backends survive. It knows the inside of none.
 
 mod arguments;
@@ -12,6 +13,7 @@ mod device;
 mod drive;
 mod histogram;
 mod host;
+mod inspect;
 mod permutation;
 mod plot;
 mod process;
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Task::Verify(options) => run::verify(&options),
         Task::Suite(options) => suite::run(&options),
         Task::Plot(options) => plot::run(&options),
+        Task::Profile(options) => inspect::profile::run(&options),
         Task::Host(options) => host::run(&options),
         Task::Survive(options) => survive::run(&options),
         Task::Soak(options) => soak::run(&options),

@@ -87,18 +87,23 @@ impl Backend {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The process that was started, and all that descend from it.
+    pub fn processes(&self) -> Vec<u32> {
+        tree(self.child.id())
+    }
+
     /// CPU time used so far by all its processes.
     pub fn cpu_ns(&self) -> Result<u64> {
-        cpu_ns(&tree(self.child.id()))
+        cpu_ns(&self.processes())
     }
 
     pub fn weight(&self) -> Result<Weight> {
-        weight(&tree(self.child.id()))
+        weight(&self.processes())
     }
 
     /// How often any of its threads has gone to sleep or been preempted so far.
     pub fn switches(&self) -> Result<u64> {
-        switches(&tree(self.child.id()))
+        switches(&self.processes())
     }
 
     /// Ends the backend with SIGTERM, and waits for it.

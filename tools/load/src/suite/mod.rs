@@ -23,7 +23,7 @@ use anyhow::{Context, Result, ensure};
 use crate::arguments::SuiteOptions;
 use crate::content;
 use crate::device::{Greeting, Setup};
-use crate::drive::{self, Wait};
+use crate::drive::{self, Tally, Wait};
 use crate::process::Backend;
 use crate::run::{self, Driver};
 use crate::suite::contestants::{CONTESTANTS, Contestant, Programs};
@@ -183,18 +183,41 @@ impl Suite<'_> {
     }
 
     fn sample(&self, contestant: &Contestant, row: &Row, round: usize) -> Result<Sample> {
+        self.on_line(contestant, row, round, |backend, work| {
+            let cpu_before = backend.cpu_ns()?;
+            let tally = work()?;
+            let mut sample = Sample::new(&tally, backend.cpu_ns()? - cpu_before);
+            sample.weight = Some(backend.weight()?);
+            Ok(sample)
+        })
+    }
+
+    /// Starts a backend, does what comes before a line's work, and gives both backend and work to `watch`.
+    pub fn on_line<T>(
+        &self,
+        contestant: &Contestant,
+        row: &Row,
+        round: usize,
+        watch: impl FnOnce(&Backend, &mut dyn FnMut() -> Result<Tally>) -> Result<T>,
+    ) -> Result<T> {
         let volume = if row.cold { self.site.cold_volume(row.queues)? } else { self.site.volume(0, row.queues) };
         (contestant.prepare)(&self.site.programs, &volume).context("making the private file")?;
         let command = (contestant.command)(&self.site.programs, &volume);
         let mut backend = Backend::start(&command, &volume.socket, &self.site.log())?;
-        let measured = self.drive(&mut backend, row, round);
-        let sample = measured.with_context(|| format!("the backend said:\n{}", backend.said()))?;
+        let watched = self.drive(&mut backend, row, round, watch);
+        let seen = watched.with_context(|| format!("the backend said:\n{}", backend.said()))?;
         backend.stop()?;
         self.site.clean(&volume)?;
-        Ok(sample)
+        Ok(seen)
     }
 
-    fn drive(&self, backend: &mut Backend, row: &Row, round: usize) -> Result<Sample> {
+    fn drive<T>(
+        &self,
+        backend: &mut Backend,
+        row: &Row,
+        round: usize,
+        watch: impl FnOnce(&Backend, &mut dyn FnMut() -> Result<Tally>) -> Result<T>,
+    ) -> Result<T> {
         let mut driver = self.driver(round);
         driver.wait = row.wait.unwrap_or(driver.wait);
         let areas = row.before.iter().chain([&row.measured]).map(|workload| {
@@ -213,12 +236,10 @@ impl Suite<'_> {
         for workload in row.before {
             run::measure(&mut device, workload, &driver, None).context("preparing")?;
         }
-        let cpu_before = backend.cpu_ns()?;
-        let tally = run::measure(&mut device, &row.measured, &driver, Some(self.manner.time))?;
-        let mut sample = Sample::new(&tally, backend.cpu_ns()? - cpu_before);
-        sample.weight = Some(backend.weight()?);
+        let mut work = || run::measure(&mut device, &row.measured, &driver, Some(self.manner.time));
+        let seen = watch(backend, &mut work)?;
         device.stop()?;
-        Ok(sample)
+        Ok(seen)
     }
 
     /// Random checked requests: whoever serves wrong bytes need not be fast.
@@ -253,7 +274,7 @@ impl Suite<'_> {
 }
 
 /// Whether a name was asked for: all are when nothing was, else those that contain a pattern.
-fn wanted(patterns: &[String], name: &str) -> bool {
+pub fn wanted(patterns: &[String], name: &str) -> bool {
     patterns.is_empty() || patterns.iter().any(|pattern| name.contains(pattern.as_str()))
 }
 
