@@ -28,6 +28,8 @@ pub enum Task {
     Profile(InspectOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
+    /// Measure it with many volumes attached at once.
+    Many(ManyOptions),
     /// Measure what a guest notices: of killed workers, upgrades, accounts of what is in flight, and a hostile neighbour.
     Survive(SurviveOptions),
     /// Verify work on volumes of all kinds while everything that can happen to them does.
@@ -225,9 +227,28 @@ pub struct HostOptions {
     #[arg(long, default_value_t = 20)]
     pub attaches: usize,
     /// Volumes that are attached at once.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = parse_count)]
     pub attachments: usize,
     /// Seconds that the daemon is watched at rest.
+    #[arg(long, default_value_t = 10.0)]
+    pub idle_seconds: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct ManyOptions {
+    /// Volumes that are attached at once.
+    #[arg(default_value_t = 1000, value_parser = parse_count)]
+    pub count: usize,
+    /// Directory for this run's files, removed at its end. It should not be in memory.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    /// The program whose daemon is measured; `pando-blk` lies beside it.
+    #[arg(long, default_value = "pando")]
+    pub pando: PathBuf,
+    /// Times that a volume of each size is attached.
+    #[arg(long, default_value_t = 20)]
+    pub attaches: usize,
+    /// Seconds that daemon and backends are watched at rest.
     #[arg(long, default_value_t = 10.0)]
     pub idle_seconds: f64,
 }
@@ -330,6 +351,15 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|error| format!("{digits:?}: {error}"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 64 bits hold"))
+}
+
+/// A number of things, of which there is at least one.
+fn parse_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("at least 1 is expected".to_owned()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(format!("{text:?}: {error}")),
+    }
 }
 
 #[cfg(test)]

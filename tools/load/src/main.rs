@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         Task::Plot(options) => plot::run(&options),
         Task::Profile(options) => inspect::profile::run(&options),
         Task::Host(options) => host::run(&options),
+        Task::Many(options) => host::run_many(&options),
         Task::Survive(options) => survive::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::Noise(options) => survive::noise::run(&options),
