@@ -42,6 +42,8 @@ pub struct Weight {
     pub private_kib: u64,
     /// The part of it that is not a file's: what would remain if the page cache were dropped.
     pub anonymous_kib: u64,
+    /// Resident memory that is a file's on a disk.
+    pub file_kib: u64,
     pub page_tables_kib: u64,
 }
 
@@ -162,6 +164,7 @@ pub fn weight(pids: &[u32]) -> Result<Weight> {
         sum.resident_kib += rollup.number("Rss");
         sum.private_kib += rollup.number("Private_Clean") + rollup.number("Private_Dirty");
         sum.anonymous_kib += rollup.number("Anonymous");
+        sum.file_kib += status.number("RssFile");
         sum.page_tables_kib += status.number("VmPTE");
     }
     Ok(sum)

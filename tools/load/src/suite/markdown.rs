@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::suite::record::{Record, RowRecord, Sample, median, ratio};
-use crate::suite::text::{STANDING, digits};
+use crate::suite::text::{digits, standing_lines};
 
 /// Everything, for a page.
 pub fn report(record: &Record) -> String {
@@ -35,10 +35,9 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
     }
     let names = record.standing.iter().map(|standing| standing.name.as_str());
     head(out, "Start-up and rest", names)?;
-    for (name, figure) in STANDING {
+    for (name, values) in standing_lines(&record.standing) {
         write!(out, "| {name} |")?;
-        for standing in &record.standing {
-            let value = median(&standing.samples, figure).unwrap_or(f64::NAN);
+        for value in values {
             write!(out, " {value:.*} |", digits(value))?;
         }
         writeln!(out)?;

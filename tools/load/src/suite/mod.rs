@@ -9,6 +9,7 @@ mod limit;
 pub mod machine;
 mod markdown;
 pub mod record;
+mod residue;
 pub mod rows;
 pub mod site;
 mod standing;

@@ -79,6 +79,18 @@ pub struct Sample {
 pub struct StandingRecord {
     pub name: String,
     pub samples: Vec<StandingSample>,
+    pub residue: Option<Residue>,
+}
+
+/// What a backend holds of an image that its guest has read from end to end, once in a run.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Residue {
+    pub image_bytes: u64,
+    /// Right after.
+    pub then: Weight,
+    /// And when the guest had been quiet for so long.
+    pub rested: Weight,
+    pub rest_seconds: f64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
