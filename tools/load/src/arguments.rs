@@ -25,7 +25,9 @@ pub enum Task {
     /// Draw a record of that, without measuring.
     Plot(PlotOptions),
     /// Draw where pando's processor time goes, line by line.
-    Profile(InspectOptions),
+    Profile(ProfileOptions),
+    /// Count the system calls that pando's worker makes for each batch of requests.
+    Syscalls(InspectOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
     /// Measure it with many volumes attached at once.
@@ -192,13 +194,19 @@ pub struct PlotOptions {
 }
 
 #[derive(Debug, Args)]
+pub struct ProfileOptions {
+    #[command(flatten)]
+    pub inspect: InspectOptions,
+    /// Directory for the drawings.
+    #[arg(long)]
+    pub results_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
 pub struct InspectOptions {
     /// Directory for this run's files, removed at its end. It should not be in memory.
     #[arg(long)]
     pub work_dir: PathBuf,
-    /// Directory for what is kept of it.
-    #[arg(long)]
-    pub results_dir: PathBuf,
     #[arg(long, default_value = "pando-blk")]
     pub pando_blk: PathBuf,
     /// Only the lines whose name contains this, instead of the usual ones; may be repeated.

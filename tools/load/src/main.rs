@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         Task::Suite(options) => suite::run(&options),
         Task::Plot(options) => plot::run(&options),
         Task::Profile(options) => inspect::profile::run(&options),
+        Task::Syscalls(options) => inspect::syscalls::run(&options),
         Task::Host(options) => host::run(&options),
         Task::Many(options) => host::run_many(&options),
         Task::Survive(options) => survive::run(&options),

@@ -1,17 +1,17 @@
 //! A look inside pando at work: the suite's lines with it alone, watched by `perf`.
 //!
-//! No figure here is to be compared with anything: who is watched is slower. [`profile`] says where time goes, [`folded`] and [`perf`]
-//! know how that is found.
+//! No figure here is to be compared with anything: who is watched is slower. [`profile`] says where time goes, [`syscalls`] counts calls;
+//! [`folded`] and [`perf`] know how that is found.
 
 mod folded;
 mod perf;
 pub mod profile;
+pub mod syscalls;
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::arguments::InspectOptions;
 use crate::drive::{Tally, Wait};
@@ -29,7 +29,6 @@ pub struct Inspection {
 
 impl Inspection {
     pub fn new(options: &InspectOptions) -> Result<Self> {
-        fs::create_dir_all(&options.results_dir).with_context(|| options.results_dir.display().to_string())?;
         let programs = Programs {
             pando_blk: options.pando_blk.clone(),
             // Nobody else takes part.

@@ -16,7 +16,7 @@ use inferno::flamegraph;
 use super::folded::{self, SelfTime};
 use super::perf::Watch;
 use super::{Inspection, lines};
-use crate::arguments::InspectOptions;
+use crate::arguments::ProfileOptions;
 use crate::suite::rows::Row;
 
 /// The cheapest read, the cheapest write, and what copies the most: a change in any of them is seen here first.
@@ -26,10 +26,11 @@ const LINES: [&str; 3] =
 const FREQUENCY: &str = "1999";
 const SYMBOLS: usize = 12;
 
-pub fn run(options: &InspectOptions) -> Result<()> {
-    let inspection = Inspection::new(options)?;
+pub fn run(options: &ProfileOptions) -> Result<()> {
+    fs::create_dir_all(&options.results_dir).with_context(|| options.results_dir.display().to_string())?;
+    let inspection = Inspection::new(&options.inspect)?;
     let clock = clock();
-    for row in lines(&options.only, &LINES)? {
+    for row in lines(&options.inspect.only, &LINES)? {
         let folded = record(&inspection, row, clock).with_context(|| row.name)?;
         let svg = options.results_dir.join(file_name(row.name));
         draw(&folded, row.name, clock.unit, &svg)?;
