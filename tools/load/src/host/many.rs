@@ -15,9 +15,9 @@ const SETTLE: Duration = Duration::from_secs(6);
 
 /// What was found.
 pub struct Many {
-    /// To make each volume, and to attach it: each from the call to the answer, one after the other.
-    pub create_ms: Vec<f64>,
-    pub attach_ms: Vec<f64>,
+    /// To make each volume, and to attach it, one after the other.
+    pub creations: Vec<Call>,
+    pub attaches: Vec<Call>,
     /// Each backend before a front end comes.
     pub waiting: Vec<Pair>,
     /// And with its one queue running.
@@ -28,6 +28,15 @@ pub struct Many {
     pub daemon_rest: Rest,
     pub idle_seconds: f64,
     pub detach_seconds: f64,
+}
+
+/// One call of the daemon's API.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// Until its answer.
+    pub ms: f64,
+    /// CPU time of the daemon, in which nobody else has a part.
+    pub daemon_cpu_ms: f64,
 }
 
 /// The two processes of a backend.
@@ -70,9 +79,9 @@ impl Rest {
 pub fn measure(daemon: &Daemon, image: &str, count: usize, idle: Duration) -> Result<Many> {
     let names: Vec<_> = (0..count).map(|index| format!("many-{index}")).collect();
     progress(&format!("making {count} volumes"));
-    let (_, create_ms) = timed(&names, |volume| volumes::create(daemon, volume, image, None))?;
+    let (_, creations) = timed(daemon, &names, |volume| volumes::create(daemon, volume, image, None))?;
     progress(&format!("attaching {count} volumes"));
-    let (sockets, attach_ms) = timed(&names, |volume| volumes::attach(daemon, volume))?;
+    let (sockets, attaches) = timed(daemon, &names, |volume| volumes::attach(daemon, volume))?;
 
     thread::sleep(SETTLE);
     progress(&format!("weighing {count} backends"));
@@ -103,8 +112,8 @@ pub fn measure(daemon: &Daemon, image: &str, count: usize, idle: Duration) -> Re
     let since = Instant::now();
     daemon.detach_all()?;
     Ok(Many {
-        create_ms,
-        attach_ms,
+        creations,
+        attaches,
         waiting,
         attached,
         backends_rest: after.1.since(before.1),
@@ -115,11 +124,15 @@ pub fn measure(daemon: &Daemon, image: &str, count: usize, idle: Duration) -> Re
     })
 }
 
-/// Does something for each volume; gives what came of it, and how long each took.
-fn timed<T>(names: &[String], act: impl Fn(&str) -> Result<T>) -> Result<(Vec<T>, Vec<f64>)> {
+/// Does something for each volume; gives what came of it, and what each took.
+fn timed<T>(daemon: &Daemon, names: &[String], act: impl Fn(&str) -> Result<T>) -> Result<(Vec<T>, Vec<Call>)> {
     let timed = names.iter().map(|name| {
+        let cpu_before = process::cpu_ns(&[daemon.id()])?;
         let since = Instant::now();
-        Ok((act(name)?, milliseconds(since.elapsed())))
+        let done = act(name)?;
+        let ms = milliseconds(since.elapsed());
+        let daemon_cpu_ms = (process::cpu_ns(&[daemon.id()])? - cpu_before) as f64 / 1e6;
+        Ok((done, Call { ms, daemon_cpu_ms }))
     });
     Ok(timed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
 }

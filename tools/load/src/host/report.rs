@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::arguments::HostOptions;
-use crate::host::many::{Many, Pair};
+use crate::host::many::{Call, Many, Pair};
 use crate::host::{Crowd, Figures, SPARSE_BYTES};
 use crate::process::Weight;
 use crate::suite::record::{Machine, median};
@@ -69,14 +69,17 @@ fn write_machine(out: &mut String, machine: &Machine) -> std::fmt::Result {
 }
 
 fn write_many(out: &mut String, many: &Many) -> std::fmt::Result {
-    let count = many.attach_ms.len();
+    let count = many.attaches.len();
     // As many at either end, and none in both.
     let edge = EDGE.min(count / 2).max(1);
     writeln!(out, "\n| {count} volumes, one after the other | median | least | most |")?;
     writeln!(out, "|---|---:|---:|---:|")?;
-    for (what, times) in [("making", &many.create_ms), ("attaching", &many.attach_ms)] {
-        row(out, &format!("{what} each of the first {edge}, ms"), &times[..edge])?;
-        row(out, &format!("{what} each of the last {edge}, ms"), &times[count - edge..])?;
+    for (what, calls) in [("making", &many.creations), ("attaching", &many.attaches)] {
+        for (end, calls) in [("first", &calls[..edge]), ("last", &calls[count - edge..])] {
+            let of = |figure: fn(&Call) -> f64| calls.iter().map(figure).collect::<Vec<_>>();
+            row(out, &format!("{what} each of the {end} {edge}, ms"), &of(|call| call.ms))?;
+            row(out, "of that, CPU time of the daemon, ms", &of(|call| call.daemon_cpu_ms))?;
+        }
     }
 
     writeln!(out, "\n| {count} volumes attached at once | each: keeper | worker | both |")?;
@@ -98,7 +101,7 @@ fn write_many(out: &mut String, many: &Many) -> std::fmt::Result {
 
     writeln!(out, "\n| all {count} together | |")?;
     writeln!(out, "|---|---:|")?;
-    line(out, "attaching all of them, s", many.attach_ms.iter().sum::<f64>() / 1e3)?;
+    line(out, "attaching all of them, s", many.attaches.iter().map(|call| call.ms).sum::<f64>() / 1e3)?;
     line(out, "detaching and removing all of them, s", many.detach_seconds)?;
     line(out, "private memory of the daemon, KiB", many.daemon.private_kib as f64)?;
     line(out, "resident memory of the daemon, KiB", many.daemon.resident_kib as f64)?;
