@@ -2,9 +2,8 @@
 //!
 //! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
 //! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
-//! asked for. `suite` compares backends, `process` weighs them, `plot` draws what was found, and `inspect` looks into
-//! one at work; `host` measures the daemon of a host by its API,
-//! `survive` what a guest notices of all that goes wrong, and `soak` sees what daemon and backends survive. It knows the inside of none.
+//! asked for. `suite` compares backends, `process` weighs them, `plot` draws what was found, `inspect`
+//! looks into one at work; `host` measures the daemon of a host by its API, `survive` what a guest notices of all that goes wrong, and `soak` sees what daemon and backends survive. It knows the inside of none.
 
 mod arguments;
 mod connection;

@@ -30,6 +30,7 @@ use sizes::Size;
 
 /// The image below attached volumes: large, and nothing of it is ever read.
 const SPARSE_BYTES: u64 = 10 << 30;
+
 /// What was found.
 struct Figures {
     imports: Imports,

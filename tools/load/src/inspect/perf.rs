@@ -8,11 +8,13 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// What is missing when perf may not watch.
-const PERMISSION: &str = "perf could not watch the backend. It takes root, or CAP_PERFMON and a kernel.perf_event_paranoid that allows it; \
+pub const PERMISSION: &str = "perf could not watch the backend. It takes root, or CAP_PERFMON and a kernel.perf_event_paranoid that allows it; \
      for system calls also a kernel with their tracepoints (CONFIG_FTRACE_SYSCALLS) and tracefs at /sys/kernel/tracing";
+
+const NOT_HERE: &str = "cannot run perf; tools/setup profile installs it";
 
 /// A `perf` that watches; killed when dropped.
 #[derive(Debug)]
@@ -23,16 +25,23 @@ pub struct Watch {
 
 impl Watch {
     /// Starts `perf` with these words, on these processes and all threads that they ever have. It may leave its messages at `said`.
+    ///
+    /// Fails where it may not see the kernel's part too: it would leave that out, and say nothing of it.
     pub fn start<'a>(words: impl IntoIterator<Item = &'a str>, pids: &[u32], said: &Path) -> Result<Self> {
         let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
+        let pids = pids.join(",");
+        let probe =
+            Command::new("perf").args(["stat", "--event", "cpu-clock:k", "--pid", &pids, "--", "true"]).output();
+        let probe = probe.context(NOT_HERE)?;
+        ensure!(probe.status.success(), "{PERMISSION}. It said:\n{}", String::from_utf8_lossy(&probe.stderr));
         let perf = Command::new("perf")
             .args(words)
-            .args(["--pid", &pids.join(","), "--", "cat"])
+            .args(["--pid", &pids, "--", "cat"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(fs::File::create(said)?)
             .spawn()
-            .context("cannot run perf; tools/setup profile installs it")?;
+            .context(NOT_HERE)?;
         let mut watch = Self { perf, said: said.to_owned() };
         watch.wait_until_ready().with_context(|| format!("{PERMISSION}. It said:\n{}", watch.said()))?;
         Ok(watch)

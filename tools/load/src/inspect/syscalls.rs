@@ -7,7 +7,7 @@ use std::fs;
 
 use anyhow::{Context, Result, bail};
 
-use super::perf::Watch;
+use super::perf::{PERMISSION, Watch};
 use super::{Inspection, lines};
 use crate::arguments::InspectOptions;
 use crate::drive::Tally;
@@ -17,10 +17,11 @@ use crate::suite::rows::Row;
 const LINES: [&str; 1] = ["4k random read, base, depth 32"];
 /// Every call, and each by its name.
 const EVENTS: &str = "raw_syscalls:sys_enter,syscalls:sys_enter_*";
+const ALL: &str = "raw_syscalls:sys_enter";
 const PREFIX: &str = "syscalls:sys_enter_";
 
 /// What was counted.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 struct Counts {
     all: u64,
     /// Those that were made, from the most to the least.
@@ -51,25 +52,29 @@ fn count(inspection: &Inspection, row: &Row) -> Result<(Counts, Tally)> {
         watch.finish()?;
         Ok(tally)
     })?;
-    Ok((parse(&fs::read_to_string(&counted)?), tally))
+    let text = fs::read_to_string(&counted)?;
+    let counts = parse(&text).with_context(|| format!("{PERMISSION}. It counted:\n{text}"))?;
+    Ok((counts, tally))
 }
 
-/// Reads lines of `perf stat`: a count, its unit, the event, and more.
-fn parse(text: &str) -> Counts {
-    let mut counts = Counts::default();
+/// Reads lines of `perf stat`: a count, its unit, the event, and more. `None` where it did not count all calls: it gives an event that it may
+/// only partly see another name.
+fn parse(text: &str) -> Option<Counts> {
+    let mut all = None;
+    let mut by_name = Vec::new();
     for line in text.lines() {
         let mut fields = line.split(',');
-        // An event that never happened may have a remark in place of a number.
-        let count = fields.next().and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
+        // What was not counted has a remark in place of a number.
+        let Some(count) = fields.next().and_then(|field| field.parse::<u64>().ok()) else { continue };
         let Some(event) = fields.nth(1) else { continue };
         match event.strip_prefix(PREFIX) {
-            Some(name) if count > 0 => counts.by_name.push((name.to_owned(), count)),
-            None if event == "raw_syscalls:sys_enter" => counts.all = count,
+            Some(name) if count > 0 => by_name.push((name.to_owned(), count)),
+            None if event == ALL => all = Some(count),
             _ => {}
         }
     }
-    counts.by_name.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
-    counts
+    by_name.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    all.map(|all| Counts { all, by_name })
 }
 
 fn print(row: &Row, counts: &Counts, tally: &Tally) {
@@ -95,6 +100,9 @@ mod tests {
                     0,,syscalls:sys_enter_open,1000,100.00,,\n<not counted>,,syscalls:sys_enter_close,0,100.00,,\n\
                     43,,syscalls:sys_enter_epoll_pwait,1000,100.00,,\n";
         let expected = [("epoll_pwait".to_owned(), 43), ("read".to_owned(), 2)];
-        assert_eq!(parse(text), Counts { all: 45, by_name: expected.to_vec() });
+        assert_eq!(parse(text), Some(Counts { all: 45, by_name: expected.to_vec() }));
+        // Where it may not see the kernel's part.
+        assert_eq!(parse(&text.replace("enter,", "enter:u,")), None);
+        assert_eq!(parse(&text.replace("45,,", "<not counted>,,")), None);
     }
 }
