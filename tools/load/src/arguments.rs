@@ -22,8 +22,16 @@ pub enum Task {
     Verify(VerifyOptions),
     /// Compare backends on all workloads, several times in turn, and print the medians.
     Suite(SuiteOptions),
+    /// Draw a record of that, without measuring.
+    Plot(PlotOptions),
+    /// Draw where pando's processor time goes, line by line.
+    Profile(ProfileOptions),
+    /// Count the system calls that pando's worker makes for each batch of requests.
+    Syscalls(InspectOptions),
     /// Measure the daemon of a host: attaching, importing, and what all of it takes at rest.
     Host(HostOptions),
+    /// Measure it with many volumes attached at once.
+    Many(ManyOptions),
     /// Measure what a guest notices: of killed workers, upgrades, accounts of what is in flight, and a hostile neighbour.
     Survive(SurviveOptions),
     /// Verify work on volumes of all kinds while everything that can happen to them does.
@@ -155,7 +163,10 @@ pub struct SuiteOptions {
     /// flight.
     #[arg(long, value_parser = parse_bytes, default_value = "0")]
     pub buffers: u64,
-    /// Write everything that was measured to this file.
+    /// Directory that keeps the record of the last whole run, and of the last part of one.
+    #[arg(long)]
+    pub results_dir: PathBuf,
+    /// Write everything that was measured to this file too.
     #[arg(long)]
     pub json: Option<PathBuf>,
     /// Print Markdown tables.
@@ -171,6 +182,39 @@ impl SuiteOptions {
     pub fn seconds(&self) -> f64 {
         self.seconds.unwrap_or(if self.quick { 0.5 } else { 2.0 })
     }
+}
+
+#[derive(Debug, Args)]
+pub struct PlotOptions {
+    /// A run's record, as the suite writes it.
+    pub record: PathBuf,
+    /// Where the drawing goes.
+    #[arg(long)]
+    pub svg: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ProfileOptions {
+    #[command(flatten)]
+    pub inspect: InspectOptions,
+    /// Directory for the drawings.
+    #[arg(long)]
+    pub results_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectOptions {
+    /// Directory for this run's files, removed at its end. It should not be in memory.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    #[arg(long, default_value = "pando-blk")]
+    pub pando_blk: PathBuf,
+    /// Only the lines whose name contains this, instead of the usual ones; may be repeated.
+    #[arg(long)]
+    pub only: Vec<String>,
+    /// Time for each line.
+    #[arg(long, default_value_t = 5.0)]
+    pub seconds: f64,
 }
 
 #[derive(Debug, Args)]
@@ -191,9 +235,28 @@ pub struct HostOptions {
     #[arg(long, default_value_t = 20)]
     pub attaches: usize,
     /// Volumes that are attached at once.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = parse_count)]
     pub attachments: usize,
     /// Seconds that the daemon is watched at rest.
+    #[arg(long, default_value_t = 10.0)]
+    pub idle_seconds: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct ManyOptions {
+    /// Volumes that are attached at once.
+    #[arg(default_value_t = 1000, value_parser = parse_count)]
+    pub count: usize,
+    /// Directory for this run's files, removed at its end. It should not be in memory.
+    #[arg(long)]
+    pub work_dir: PathBuf,
+    /// The program whose daemon is measured; `pando-blk` lies beside it.
+    #[arg(long, default_value = "pando")]
+    pub pando: PathBuf,
+    /// Times that a volume of each size is attached.
+    #[arg(long, default_value_t = 20)]
+    pub attaches: usize,
+    /// Seconds that daemon and backends are watched at rest.
     #[arg(long, default_value_t = 10.0)]
     pub idle_seconds: f64,
 }
@@ -296,6 +359,15 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|error| format!("{digits:?}: {error}"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 64 bits hold"))
+}
+
+/// A number of things, of which there is at least one.
+fn parse_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("at least 1 is expected".to_owned()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(format!("{text:?}: {error}")),
+    }
 }
 
 #[cfg(test)]

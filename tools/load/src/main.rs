@@ -2,8 +2,8 @@
 //!
 //! It is the front end and the guest's driver in one: `device` holds the session, `ring` and
 //! `request` the driver's side of the queues, `drive` the loop, `workload` and `verify` what is
-//! asked for. `suite` compares backends, `process` weighs them; `host` measures the daemon of a host by its API,
-//! `survive` what a guest notices of all that goes wrong, and `soak` sees what daemon and backends survive. It knows the inside of none.
+//! asked for. `suite` compares backends, `process` weighs them, `plot` draws what was found, `inspect`
+//! looks into one at work; `host` measures the daemon of a host by its API, `survive` what a guest notices of all that goes wrong, and `soak` sees what daemon and backends survive. It knows the inside of none.
 
 mod arguments;
 mod connection;
@@ -12,7 +12,9 @@ mod device;
 mod drive;
 mod histogram;
 mod host;
+mod inspect;
 mod permutation;
+mod plot;
 mod process;
 mod reference;
 mod request;
@@ -36,7 +38,11 @@ fn main() -> ExitCode {
         Task::Run(options) => run::run(&options),
         Task::Verify(options) => run::verify(&options),
         Task::Suite(options) => suite::run(&options),
+        Task::Plot(options) => plot::run(&options),
+        Task::Profile(options) => inspect::profile::run(&options),
+        Task::Syscalls(options) => inspect::syscalls::run(&options),
         Task::Host(options) => host::run(&options),
+        Task::Many(options) => host::run_many(&options),
         Task::Survive(options) => survive::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::Noise(options) => survive::noise::run(&options),

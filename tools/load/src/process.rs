@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
@@ -31,7 +31,7 @@ pub struct Backend {
 }
 
 /// What a backend holds, summed over its processes.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Weight {
     pub processes: u64,
     pub threads: u64,
@@ -42,6 +42,8 @@ pub struct Weight {
     pub private_kib: u64,
     /// The part of it that is not a file's: what would remain if the page cache were dropped.
     pub anonymous_kib: u64,
+    /// Resident memory that is a file's on a disk.
+    pub file_kib: u64,
     pub page_tables_kib: u64,
 }
 
@@ -87,18 +89,23 @@ impl Backend {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The process that was started, and all that descend from it.
+    pub fn processes(&self) -> Vec<u32> {
+        tree(self.child.id())
+    }
+
     /// CPU time used so far by all its processes.
     pub fn cpu_ns(&self) -> Result<u64> {
-        cpu_ns(&tree(self.child.id()))
+        cpu_ns(&self.processes())
     }
 
     pub fn weight(&self) -> Result<Weight> {
-        weight(&tree(self.child.id()))
+        weight(&self.processes())
     }
 
     /// How often any of its threads has gone to sleep or been preempted so far.
     pub fn switches(&self) -> Result<u64> {
-        switches(&tree(self.child.id()))
+        switches(&self.processes())
     }
 
     /// Ends the backend with SIGTERM, and waits for it.
@@ -157,6 +164,7 @@ pub fn weight(pids: &[u32]) -> Result<Weight> {
         sum.resident_kib += rollup.number("Rss");
         sum.private_kib += rollup.number("Private_Clean") + rollup.number("Private_Dirty");
         sum.anonymous_kib += rollup.number("Anonymous");
+        sum.file_kib += status.number("RssFile");
         sum.page_tables_kib += status.number("VmPTE");
     }
     Ok(sum)

@@ -318,6 +318,21 @@ pub fn wait_readable(fds: &mut [libc::pollfd], timeout: Duration) -> io::Result<
     }
 }
 
+/// Lets this process, and those that it starts, have as many descriptors as they ever may.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for the result.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is valid and is only read.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Asks a process to end.
 pub fn terminate(pid: u32) -> io::Result<()> {
     let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
@@ -476,8 +491,13 @@ pub fn held_bytes(place: &Path) -> io::Result<u64> {
 
 /// Drops a file's clean pages from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
+    advise(file, libc::POSIX_FADV_DONTNEED)
+}
+
+/// Tells the kernel something about all of a file.
+fn advise(file: &File, advice: libc::c_int) -> io::Result<()> {
     // SAFETY: no memory is passed; the descriptor is open.
-    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) } {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
@@ -485,14 +505,25 @@ pub fn drop_cache(file: &File) -> io::Result<()> {
 
 /// Reads a whole file once, so that it is in the page cache.
 pub fn fill_cache(file: &File) -> io::Result<()> {
+    fill_cache_to(file, u64::MAX)
+}
+
+/// The same up to an offset, in pages of the least size: as reads at random bring them, and no readahead.
+pub fn fill_cache_by_pages(file: &File, end: u64) -> io::Result<()> {
+    advise(file, libc::POSIX_FADV_RANDOM)?;
+    fill_cache_to(file, end)
+}
+
+fn fill_cache_to(file: &File, end: u64) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 20];
     let mut at = 0;
-    loop {
+    while at < end {
         match file.read_at(&mut buffer, at)? {
-            0 => return Ok(()),
+            0 => break,
             count => at += count as u64,
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::suite::record::{Record, RowRecord, Sample, median, ratio};
-use crate::suite::text::{STANDING, digits};
+use crate::suite::text::{digits, standing_lines};
 
 /// Everything, for a page.
 pub fn report(record: &Record) -> String {
@@ -33,12 +33,11 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
     if record.standing.is_empty() {
         return Ok(());
     }
-    let names = record.standing.iter().map(|standing| standing.name);
+    let names = record.standing.iter().map(|standing| standing.name.as_str());
     head(out, "Start-up and rest", names)?;
-    for (name, figure) in STANDING {
+    for (name, values) in standing_lines(&record.standing) {
         write!(out, "| {name} |")?;
-        for standing in &record.standing {
-            let value = median(&standing.samples, figure).unwrap_or(f64::NAN);
+        for value in values {
             write!(out, " {value:.*} |", digits(value))?;
         }
         writeln!(out)?;
@@ -59,7 +58,7 @@ fn table(
     limit: Option<fn(&RowRecord) -> Option<f64>>,
     figure: fn(&Sample) -> f64,
 ) -> std::fmt::Result {
-    let names = record.contestants.iter().map(|identity| identity.name);
+    let names = record.contestants.iter().map(|identity| identity.name.as_str());
     head(out, title, limit.map(|_| "limit").into_iter().chain(names))?;
     for row in &record.rows {
         write!(out, "| {} |", row.name)?;

@@ -9,12 +9,13 @@ mod limit;
 pub mod machine;
 mod markdown;
 pub mod record;
+mod residue;
 pub mod rows;
 pub mod site;
 mod standing;
 pub mod text;
 
-use std::fs::File;
+use std::fs;
 use std::io::Write;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use anyhow::{Context, Result, ensure};
 use crate::arguments::SuiteOptions;
 use crate::content;
 use crate::device::{Greeting, Setup};
-use crate::drive::{self, Wait};
+use crate::drive::{self, Tally, Wait};
 use crate::process::Backend;
 use crate::run::{self, Driver};
 use crate::suite::contestants::{CONTESTANTS, Contestant, Programs};
@@ -48,13 +49,14 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
         qemu_img: options.qemu_img.clone(),
         load: std::env::current_exe()?,
     };
+    fs::create_dir_all(&options.results_dir).with_context(|| options.results_dir.display().to_string())?;
     let site = Site::new(&options.work_dir, programs)?;
     let mut contestants = Vec::new();
     let mut identities = Vec::new();
     for contestant in CONTESTANTS.iter().filter(|it| wanted(&options.contestants, it.name)) {
         match (contestant.version)(&site.programs) {
             Ok(version) => {
-                let Contestant { name, about, .. } = *contestant;
+                let (name, about) = (contestant.name.to_owned(), contestant.about.to_owned());
                 identities.push(Identity { name, about, version });
                 contestants.push(contestant);
             }
@@ -92,9 +94,10 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
         record.standing = standing::measure(&suite)?;
     }
     progress("");
-    if let Some(path) = &options.json {
-        let file = File::create(path).with_context(|| path.display().to_string())?;
-        serde_json::to_writer_pretty(file, &record)?;
+    let is_whole = options.only.is_empty() && options.contestants.is_empty();
+    let kept = options.results_dir.join(if is_whole { record::WHOLE_RUN } else { record::PARTIAL_RUN });
+    for path in options.json.iter().chain([&kept]) {
+        record.save(path)?;
     }
     let report = if options.markdown { markdown::report(&record) } else { text::report(&record) };
     print!("{report}");
@@ -134,7 +137,7 @@ impl Suite<'_> {
         let mut records: Vec<_> = rows
             .iter()
             .map(|row| RowRecord {
-                name: row.name,
+                name: row.name.to_owned(),
                 limit: Vec::new(),
                 bare_pread: Vec::new(),
                 samples: self.contestants.iter().map(|_| Vec::new()).collect(),
@@ -181,18 +184,41 @@ impl Suite<'_> {
     }
 
     fn sample(&self, contestant: &Contestant, row: &Row, round: usize) -> Result<Sample> {
+        self.on_line(contestant, row, round, |backend, work| {
+            let cpu_before = backend.cpu_ns()?;
+            let tally = work()?;
+            let mut sample = Sample::new(&tally, backend.cpu_ns()? - cpu_before);
+            sample.weight = Some(backend.weight()?);
+            Ok(sample)
+        })
+    }
+
+    /// Starts a backend, does what comes before a line's work, and gives both backend and work to `watch`.
+    pub fn on_line<T>(
+        &self,
+        contestant: &Contestant,
+        row: &Row,
+        round: usize,
+        watch: impl FnOnce(&Backend, &mut dyn FnMut() -> Result<Tally>) -> Result<T>,
+    ) -> Result<T> {
         let volume = if row.cold { self.site.cold_volume(row.queues)? } else { self.site.volume(0, row.queues) };
         (contestant.prepare)(&self.site.programs, &volume).context("making the private file")?;
         let command = (contestant.command)(&self.site.programs, &volume);
         let mut backend = Backend::start(&command, &volume.socket, &self.site.log())?;
-        let measured = self.drive(&mut backend, row, round);
-        let sample = measured.with_context(|| format!("the backend said:\n{}", backend.said()))?;
+        let watched = self.drive(&mut backend, row, round, watch);
+        let seen = watched.with_context(|| format!("the backend said:\n{}", backend.said()))?;
         backend.stop()?;
         self.site.clean(&volume)?;
-        Ok(sample)
+        Ok(seen)
     }
 
-    fn drive(&self, backend: &mut Backend, row: &Row, round: usize) -> Result<Sample> {
+    fn drive<T>(
+        &self,
+        backend: &mut Backend,
+        row: &Row,
+        round: usize,
+        watch: impl FnOnce(&Backend, &mut dyn FnMut() -> Result<Tally>) -> Result<T>,
+    ) -> Result<T> {
         let mut driver = self.driver(round);
         driver.wait = row.wait.unwrap_or(driver.wait);
         let areas = row.before.iter().chain([&row.measured]).map(|workload| {
@@ -211,12 +237,10 @@ impl Suite<'_> {
         for workload in row.before {
             run::measure(&mut device, workload, &driver, None).context("preparing")?;
         }
-        let cpu_before = backend.cpu_ns()?;
-        let tally = run::measure(&mut device, &row.measured, &driver, Some(self.manner.time))?;
-        let mut sample = Sample::new(&tally, backend.cpu_ns()? - cpu_before);
-        sample.weight = Some(backend.weight()?);
+        let mut work = || run::measure(&mut device, &row.measured, &driver, Some(self.manner.time));
+        let seen = watch(backend, &mut work)?;
         device.stop()?;
-        Ok(sample)
+        Ok(seen)
     }
 
     /// Random checked requests: whoever serves wrong bytes need not be fast.
@@ -251,7 +275,7 @@ impl Suite<'_> {
 }
 
 /// Whether a name was asked for: all are when nothing was, else those that contain a pattern.
-fn wanted(patterns: &[String], name: &str) -> bool {
+pub fn wanted(patterns: &[String], name: &str) -> bool {
     patterns.is_empty() || patterns.iter().any(|pattern| name.contains(pattern.as_str()))
 }
 

@@ -1,14 +1,22 @@
 //! What a run of the suite found: samples, their medians, and the ratios between contestants.
 //!
-//! Plain data, written as JSON by `serde`. Knows nothing of how samples are taken or shown.
+//! Plain data, written as JSON and read again by `serde`. Knows nothing of how samples are taken or shown.
 
-use serde::Serialize;
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::drive::Tally;
 use crate::process::Weight;
 
+/// What the record of a run is called that had every line and every contestant, and that of any other.
+pub const WHOLE_RUN: &str = "suite.json";
+pub const PARTIAL_RUN: &str = "suite-part.json";
+
 /// Everything that one run found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
     pub machine: Machine,
     pub settings: Settings,
@@ -17,7 +25,7 @@ pub struct Record {
     pub standing: Vec<StandingRecord>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Machine {
     pub date: String,
     pub cpu: String,
@@ -26,7 +34,7 @@ pub struct Machine {
     pub memory_mib: u64,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Settings {
     pub rounds: usize,
     pub seconds: f64,
@@ -34,17 +42,17 @@ pub struct Settings {
     pub buffer_bytes: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Identity {
-    pub name: &'static str,
-    pub about: &'static str,
+    pub name: String,
+    pub about: String,
     pub version: String,
 }
 
 /// One line of the tables, a sample for each round.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct RowRecord {
-    pub name: &'static str,
+    pub name: String,
     pub limit: Vec<Sample>,
     /// The same by `pread`, for lines that only read.
     pub bare_pread: Vec<Sample>,
@@ -53,7 +61,7 @@ pub struct RowRecord {
 }
 
 /// One measurement.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Sample {
     pub requests: u64,
     pub iops: f64,
@@ -67,13 +75,25 @@ pub struct Sample {
 }
 
 /// What backends cost that stand and wait.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct StandingRecord {
-    pub name: &'static str,
+    pub name: String,
     pub samples: Vec<StandingSample>,
+    pub residue: Option<Residue>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
+/// What a backend holds of an image that its guest has read from end to end, once in a run.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Residue {
+    pub image_bytes: u64,
+    /// Right after.
+    pub then: Weight,
+    /// And when the guest had been quiet for so long.
+    pub rested: Weight,
+    pub rest_seconds: f64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct StandingSample {
     /// From the start of the process to a connection, and to the answer to GET_CONFIG.
     pub listening_ms: f64,
@@ -85,6 +105,18 @@ pub struct StandingSample {
     /// While attached: CPU time and context switches in each second.
     pub idle_cpu_us_per_s: f64,
     pub idle_switches_per_s: f64,
+}
+
+impl Record {
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let file = File::create(path).with_context(|| path.display().to_string())?;
+        Ok(serde_json::to_writer_pretty(file, self)?)
+    }
+
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read(path).with_context(|| path.display().to_string())?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is no record of a run", path.display()))
+    }
 }
 
 impl Sample {

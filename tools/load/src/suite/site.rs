@@ -4,15 +4,17 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::content;
 use crate::suite::contestants::{Programs, Volume};
+use crate::suite::machine;
 use crate::suite::rows::BASE_BYTES;
 use crate::sys::{self, MappedFile};
 
+const GIB: u64 = 1 << 30;
 /// For start-up: a base and a disk that would take long to read or to index.
-const LARGE_BASE_BYTES: u64 = 10 << 30;
+const LARGE_BASE_BYTES: u64 = 10 * GIB;
 const LARGE_DISK_BYTES: u64 = 1 << 40;
 
 /// A directory with the bases, and names for all that comes and goes.
@@ -57,6 +59,22 @@ impl Site {
     /// The volume that is measured; `index` tells several apart.
     pub fn volume(&self, index: usize, queues: usize) -> Volume {
         self.named("base", BASE_BYTES, index, queues)
+    }
+
+    /// Has the large base in memory from its start, in pages of the least size, as far as there is room for it, and says how far: whole
+    /// gibibytes.
+    pub fn fill_large_base(&self) -> Result<u64> {
+        // Something is left to those who read it, and to whoever else is here.
+        let room = machine::memory_available_bytes()? / 5 * 3;
+        let bytes = LARGE_BASE_BYTES.min(room) & !(GIB - 1);
+        ensure!(bytes > 0, "{room} bytes of memory for an image of at least 1 GiB");
+        sys::fill_cache_by_pages(&File::open(self.directory.join("large-base"))?, bytes)?;
+        Ok(bytes)
+    }
+
+    /// Takes it out of memory again.
+    pub fn drop_large_base(&self) -> Result<()> {
+        Ok(sys::drop_cache(&File::open(self.directory.join("large-base"))?)?)
     }
 
     pub fn large_volume(&self, index: usize) -> Volume {

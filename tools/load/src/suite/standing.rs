@@ -1,4 +1,4 @@
-//! What a backend costs that stands and waits: its start, its memory, its rest.
+//! What a backend costs that stands and waits: its start, its memory, its rest, and what it keeps after work ([`residue`]).
 //!
 //! Several run at once, each with a volume of its own on the same base, because that is how they are
 //! used and because pages that all of them map are nobody's private memory.
@@ -12,7 +12,7 @@ use crate::device::{Greeting, Setup};
 use crate::process::{Backend, Weight};
 use crate::suite::contestants::Contestant;
 use crate::suite::record::{StandingRecord, StandingSample};
-use crate::suite::{Suite, progress};
+use crate::suite::{Suite, progress, residue};
 
 /// What this part is called among the lines.
 pub const NAME: &str = "start-up and memory";
@@ -31,7 +31,7 @@ pub fn measure(suite: &Suite) -> Result<Vec<StandingRecord>> {
     let mut records: Vec<_> = suite
         .contestants
         .iter()
-        .map(|contestant| StandingRecord { name: contestant.name, samples: Vec::new() })
+        .map(|contestant| StandingRecord { name: contestant.name.to_owned(), samples: Vec::new(), residue: None })
         .collect();
     for round in 0..suite.manner.rounds {
         for (contestant, record) in suite.contestants.iter().zip(&mut records) {
@@ -39,6 +39,9 @@ pub fn measure(suite: &Suite) -> Result<Vec<StandingRecord>> {
             let samples = sample(suite, contestant).with_context(|| contestant.name)?;
             record.samples.extend(samples);
         }
+    }
+    for (record, residue) in records.iter_mut().zip(residue::measure(suite)?) {
+        record.residue = Some(residue);
     }
     Ok(records)
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use crate::suite::record::{Record, RowRecord, Sample, StandingSample, median, ratio};
+use crate::process::Weight;
+use crate::suite::record::{Record, RowRecord, Sample, StandingRecord, StandingSample, median, ratio};
 
 /// Everything, for a terminal.
 pub fn report(record: &Record) -> String {
@@ -40,7 +41,7 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
 
 fn write_row(out: &mut String, record: &Record, row: &RowRecord) -> std::fmt::Result {
     writeln!(out, "\n{}", row.name)?;
-    let first = record.contestants.first().map_or("", |identity| identity.name);
+    let first = record.contestants.first().map_or("", |identity| identity.name.as_str());
     writeln!(
         out,
         "  {:<14} {:>9} {:>8} {:>9} {:>9} {:>8} {:>8} {:>20}",
@@ -99,7 +100,7 @@ fn write_row(out: &mut String, record: &Record, row: &RowRecord) -> std::fmt::Re
 /// A figure of a standing backend: its name, and where it is found.
 type Figure = (&'static str, fn(&StandingSample) -> f64);
 
-pub const STANDING: &[Figure] = &[
+const STANDING: &[Figure] = &[
     ("start to listening, ms", |it| it.listening_ms),
     ("start to configuration, ms", |it| it.greeted_ms),
     ("private memory, waiting, KiB", |it| it.alone.private_kib as f64),
@@ -111,6 +112,32 @@ pub const STANDING: &[Figure] = &[
     ("idle CPU, µs each second", |it| it.idle_cpu_us_per_s),
     ("idle context switches each second", |it| it.idle_switches_per_s),
 ];
+
+/// A figure of what a backend keeps: its name, its unit, and where it is found.
+type Kept = (&'static str, &'static str, fn(&Weight) -> f64);
+
+const KEPT: [Kept; 2] =
+    [("page tables", "KiB", |it| it.page_tables_kib as f64), ("mapped files", "MiB", |it| it.file_kib as f64 / 1024.0)];
+
+/// Every figure of standing backends: its name, and a value for each of them.
+pub fn standing_lines(records: &[StandingRecord]) -> Vec<(String, Vec<f64>)> {
+    let values = |figure: &dyn Fn(&StandingRecord) -> Option<f64>| {
+        records.iter().map(|record| figure(record).unwrap_or(f64::NAN)).collect()
+    };
+    let samples = STANDING.iter();
+    let mut lines: Vec<_> =
+        samples.map(|(name, figure)| ((*name).to_owned(), values(&|record| median(&record.samples, figure)))).collect();
+    if let Some(residue) = records.iter().find_map(|record| record.residue) {
+        let (gib, seconds) = (residue.image_bytes >> 30, residue.rest_seconds);
+        for (name, unit, figure) in KEPT {
+            let then = values(&|record| record.residue.map(|it| figure(&it.then)));
+            let rested = values(&|record| record.residue.map(|it| figure(&it.rested)));
+            lines.push((format!("{name} after reading {gib} GiB, {unit}"), then));
+            lines.push((format!("the same after {seconds} s of rest"), rested));
+        }
+    }
+    lines
+}
 
 /// Digits after the point that a figure of this size deserves.
 pub fn digits(value: f64) -> usize {
@@ -127,13 +154,33 @@ fn write_standing(out: &mut String, record: &Record) -> std::fmt::Result {
         write!(out, " {:>13}", standing.name)?;
     }
     writeln!(out)?;
-    for (name, figure) in STANDING {
+    for (name, values) in standing_lines(&record.standing) {
         write!(out, "  {name:<40}")?;
-        for standing in &record.standing {
-            let value = median(&standing.samples, figure).unwrap_or(f64::NAN);
+        for value in values {
             write!(out, " {value:>13.*}", digits(value))?;
         }
         writeln!(out)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::suite::record::Residue;
+
+    #[test]
+    fn what_is_kept_has_lines_where_it_was_measured() {
+        let kept = |kib| Weight { page_tables_kib: kib, file_kib: 2048, ..Weight::default() };
+        let residue = Residue { image_bytes: 10 << 30, then: kept(20), rested: kept(4), rest_seconds: 30.0 };
+        let record = |residue| StandingRecord { name: String::new(), samples: Vec::new(), residue };
+        assert_eq!(standing_lines(&[record(None)]).len(), STANDING.len());
+        let lines = standing_lines(&[record(Some(residue)), record(None)]);
+        let (name, values) = &lines[STANDING.len()];
+        assert_eq!((name.as_str(), values[0]), ("page tables after reading 10 GiB, KiB", 20.0));
+        assert!(values[1].is_nan());
+        let (name, values) = &lines[STANDING.len() + 1];
+        assert_eq!((name.as_str(), values[0]), ("the same after 30 s of rest", 4.0));
+        assert_eq!(lines[STANDING.len() + 2].1[0], 2.0);
+    }
 }
