@@ -364,6 +364,15 @@ impl<S: Storage> Volume<S> {
         }
     }
 
+    /// Whether the delta holds all of these bytes, for a few clusters at most of one stretch.
+    pub(super) fn holds(&self, offset: u64, len: u64) -> bool {
+        let Some(delta) = &self.delta else { return false };
+        let cluster = delta.layout().cluster();
+        let (first, last) = (cluster.containing(offset), cluster.containing(offset + len.max(1) - 1));
+        let is_held = |number: u64| delta.load(number).is_ok() && delta.state(number) == State::Delta;
+        first / CLUSTERS_PER_STRETCH == last / CLUSTERS_PER_STRETCH && (first..=last).all(is_held)
+    }
+
     /// Takes the exclusion of a cluster's stretch.
     fn exclude(&self, cluster: u64) -> std::sync::MutexGuard<'_, ()> {
         let stretch = (cluster / CLUSTERS_PER_STRETCH) as usize;

@@ -1,6 +1,10 @@
 //! [`Writes`]: writes of one batch that are put off, so that those which follow on each other go to the file together.
 //!
 //! A driver that writes a file from its start to its end makes many small requests of it. Each by itself costs a system call, which takes several times as long as its bytes.
+//!
+//! What is new to the delta is written piece by piece all the same. The page cache takes a piece of memory as large as the first write of it, and a file system that tracks the
+//! blocks of such a piece one by one (ext4) has each later write of a single one pay for all: random writes over what had been written 64 KiB at a time took 1.8 us
+//! for 1.3.
 
 use std::ops::Range;
 
@@ -51,7 +55,7 @@ impl<'m> Writes<'m> {
     ) {
         let mut rest = &self.writes[..];
         while let Some(first) = rest.first() {
-            let count = neighbours(rest);
+            let count = neighbours(rest, |write| volume.holds(write.offset, write.len));
             let (together, behind) = rest.split_at(count);
             let buffers = first.buffers.start..together[count - 1].buffers.end;
             let result = volume.write(first.offset, &self.buffers[buffers], batch);
@@ -73,14 +77,16 @@ impl<'m> Writes<'m> {
     }
 }
 
-/// How many of these, from the first, go together.
-fn neighbours(writes: &[Write]) -> usize {
+/// How many of these, from the first, go together: of those that are all over bytes that the delta holds.
+fn neighbours(writes: &[Write], is_held: impl Fn(&Write) -> bool) -> usize {
     let first = &writes[0];
     let follows = |pair: &&[Write]| {
         let [one, next] = pair else { return false };
         one.offset.checked_add(one.len) == Some(next.offset)
             && next.buffers.end - first.buffers.start <= BUFFERS_MAX
             && next.offset + next.len - first.offset <= BYTES_MAX
+            && is_held(one)
+            && is_held(next)
     };
     1 + writes.windows(2).take_while(follows).count()
 }
@@ -98,6 +104,9 @@ mod tests {
     use std::io;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    /// At the start of the volume the delta holds nothing.
+    const NEW_BYTES: u64 = 100 * 512;
+
     /// Writes of so many sectors each at these, and how they go together.
     fn together(writes: &[(u64, u64)]) -> Vec<usize> {
         let bytes = vec![0; 2 << 20];
@@ -108,8 +117,9 @@ mod tests {
         let mut rest = &put_off.writes[..];
         let mut counts = Vec::new();
         while !rest.is_empty() {
-            counts.push(neighbours(rest));
-            rest = &rest[neighbours(rest)..];
+            let count = neighbours(rest, |write| write.offset >= NEW_BYTES);
+            counts.push(count);
+            rest = &rest[count..];
         }
         counts
     }
@@ -165,7 +175,7 @@ mod tests {
         count();
         let blocks: Vec<_> = (0..16).map(|number: u8| vec![number; 4096]).collect();
         let (mut writes, mut batch) = (Writes::default(), Batch::default());
-        for (refused, expected) in [(false, 1), (true, 1 + 16)] {
+        for (refused, expected) in [(false, 15), (false, 1), (true, 1 + 16)] {
             for (tag, block) in blocks.iter().enumerate().filter(|(tag, _)| refused || *tag != usize::from(REFUSED)) {
                 // Without that one, those behind it move up.
                 let place = if refused || tag < usize::from(REFUSED) { tag } else { tag - 1 };
@@ -187,10 +197,11 @@ mod tests {
 
     #[test]
     fn what_follows_on_the_last_goes_with_it_and_nothing_else() {
-        assert_eq!(together(&[(0, 8), (8, 8), (16, 1), (18, 1), (17, 1), (18, 1)]), [3, 1, 2]);
-        assert_eq!(together(&[(8, 8), (0, 8)]), [1, 1], "order stays");
-        assert_eq!(together(&[(8, 8), (8, 8)]), [1, 1], "the second is to win");
-        assert_eq!(together(&[(0, 2000), (2000, 48), (2048, 1), (2049, 1)]), [2, 2], "1 MiB at most");
-        assert_eq!(together(&[(0, 4000), (4000, 1)]), [1, 1]);
+        assert_eq!(together(&[(200, 8), (208, 8), (216, 1), (218, 1), (217, 1), (218, 1)]), [3, 1, 2]);
+        assert_eq!(together(&[(208, 8), (200, 8)]), [1, 1], "order stays");
+        assert_eq!(together(&[(208, 8), (208, 8)]), [1, 1], "the second is to win");
+        assert_eq!(together(&[(200, 2000), (2200, 48), (2248, 1), (2249, 1)]), [2, 2], "1 MiB at most");
+        assert_eq!(together(&[(200, 4000), (4200, 1)]), [1, 1]);
+        assert_eq!(together(&[(84, 8), (92, 8), (100, 8), (108, 8)]), [1, 1, 2], "not what is new");
     }
 }

@@ -45,7 +45,7 @@ use running::Stop;
 const BATCH_REQUESTS: u16 = 16;
 
 /// A batch that has moved this many bytes is published, for the same reason.
-const BATCH_BYTES: u64 = 64 << 10;
+const BATCH_BYTES: u64 = 256 << 10;
 
 /// A batch of copies that takes longer than this has waited for something, such as a page that was in memory once.
 const fn copies_at_most(bytes: u64) -> Duration {

@@ -74,6 +74,17 @@ pub const ROWS: &[Row] = &[
         ..READ
     },
     Row {
+        name: "4k overwrite, sequential, depth 32",
+        before: &[OVERWRITE_FILL],
+        measured: Workload {
+            order: Order::Sequential,
+            mix: Mix::Write,
+            range_bytes: OVERWRITE_FILL.range_bytes,
+            ..READ.measured
+        },
+        ..READ
+    },
+    Row {
         // The kernel keeps what was written in one piece in large folios, and a file system that
         // tracks their blocks one by one makes each later small write to them pay for all.
         name: "4k overwrite of what was written 1m at a time, depth 32",
