@@ -59,6 +59,12 @@ impl Base {
         self.file.let_go(is_wanted);
     }
 
+    /// As [`CachedFile::fetch`].
+    #[inline]
+    pub fn fetch(&self, offset: u64) {
+        self.file.fetch(offset);
+    }
+
     /// Notes that nobody knows whether these bytes are in memory.
     pub fn forget(&self, offset: u64, len: usize) {
         self.file.forget(offset, len);

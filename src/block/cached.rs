@@ -127,6 +127,14 @@ impl CachedFile {
         self.mapping.len()
     }
 
+    /// Has the processor fetch what is at `offset`, if that is in memory.
+    #[inline]
+    pub fn fetch(&self, offset: u64) {
+        if self.has_seen(offset, 1) {
+            self.mapping.fetch(offset);
+        }
+    }
+
     /// Copies the bytes at `offset` to the start of `into`, as many as both have, and says how many; waits for what is not in memory.
     ///
     /// # Errors

@@ -71,6 +71,12 @@ impl FileStorage {
         &self.file
     }
 
+    /// As [`CachedFile::fetch`].
+    #[inline]
+    pub fn fetch(&self, offset: u64) {
+        self.cached.fetch(offset);
+    }
+
     /// As [`CachedFile::let_go`].
     pub fn let_go(&self, is_wanted: impl FnMut() -> bool) {
         self.cached.let_go(is_wanted);

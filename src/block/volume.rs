@@ -498,6 +498,20 @@ impl<S: Storage> Volume<S> {
 }
 
 impl Volume<FileStorage> {
+    /// Has the processor fetch what is at `offset`, if it is in memory and that is known.
+    #[inline]
+    pub fn fetch(&self, offset: u64) {
+        let Some(delta) = &self.delta else { return self.base.fetch(offset) };
+        let cluster = delta.layout().cluster().containing(offset);
+        if offset < self.bytes && delta.is_loaded(cluster) {
+            match source_of(delta.state(cluster)) {
+                Source::Base => self.base.fetch(offset),
+                Source::Delta => delta.storage().fetch(delta.layout().data_at(offset)),
+                Source::Zero => {}
+            }
+        }
+    }
+
     /// Lets go of what it takes of memory to have the files mapped, until `is_wanted`. Whatever is read next takes some longer, once.
     pub fn let_go(&self, mut is_wanted: impl FnMut() -> bool) {
         self.base.let_go(&mut is_wanted);

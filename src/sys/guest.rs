@@ -149,6 +149,28 @@ impl GuestMemory {
         })
     }
 
+    /// Has the processor fetch what is at a guest's address, if that is memory.
+    #[inline]
+    pub fn fetch(&self, guest_address: u64) {
+        if let Some((host, _)) = self.find(guest_address) {
+            super::fetch(host);
+        }
+    }
+
+    /// As [`GuestMemory::read`], some eights of bytes that all lie in one region.
+    #[inline]
+    pub fn read_words(&self, guest_address: u64, to: &mut [u8]) -> bool {
+        let Some((host, available)) = self.find(guest_address) else { return false };
+        if available < to.len() as u64 {
+            return false;
+        }
+        for (index, word) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            // SAFETY: within the region, as many bytes of which are there as `to` has.
+            *word = unsafe { guard::load_u64(host.add(8 * index).cast_const().cast()) }.to_ne_bytes();
+        }
+        true
+    }
+
     /// Whether a buffer lies within one of the regions.
     pub(super) fn holds(&self, buffer: &Writable<'_>) -> bool {
         let start = buffer.as_raw().iov_base.addr();
@@ -286,6 +308,14 @@ impl SharedArea {
         if let Some(at) = self.number(offset) {
             // SAFETY: two bytes within the area, aligned, to which there are no references.
             unsafe { guard::store_u16(at, value.to_le()) };
+        }
+    }
+
+    /// Has the processor fetch what is at `offset`.
+    #[inline]
+    pub fn fetch(&self, offset: usize) {
+        if let Some(at) = self.at::<1>(offset) {
+            super::fetch(at);
         }
     }
 

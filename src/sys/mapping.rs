@@ -101,6 +101,16 @@ impl FileMapping {
         unsafe { Readable::new(self.start.add(offset), len.min(self.len - offset)) }
     }
 
+    /// Has the processor fetch the first of the bytes at `offset`.
+    #[inline]
+    pub fn fetch(&self, offset: u64) {
+        /// Of a processor's caches. It fetches by itself what follows, once it has noticed.
+        const LINE_BYTES: usize = 64;
+        const LINES: usize = 8;
+        let bytes = self.readable(offset, LINES * LINE_BYTES);
+        (0..bytes.len()).step_by(LINE_BYTES).for_each(|at| super::fetch((bytes.address() + at) as *const u8));
+    }
+
     /// Copies the bytes from `offset` to the start of `into`, as many as both have, and says how many.
     ///
     /// # Errors

@@ -5,6 +5,18 @@
 
 #![allow(unsafe_code)]
 
+/// Has the processor fetch what is at an address into its caches, whatever is there and whether or not anything is.
+#[inline]
+fn fetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 pub mod array;
 pub mod buffers;
 pub mod events;

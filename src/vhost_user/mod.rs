@@ -16,6 +16,7 @@ pub mod conversation;
 pub mod counters;
 pub mod device;
 pub mod errands;
+pub mod foresight;
 pub mod handover;
 pub mod hold;
 pub mod inflight;

@@ -16,7 +16,7 @@ use super::counters::Kind;
 use super::device::{RANGE_SECTORS_MAX, RANGES_MAX, SERIAL_BYTES};
 use super::ring::Chain;
 
-const HEADER_BYTES: usize = 16;
+pub(super) const HEADER_BYTES: usize = 16;
 const RANGE_BYTES: usize = 16;
 /// Bytes of data in one request. Far above what drivers send; a chain may name the same memory many times.
 const DATA_BYTES_MAX: u64 = 256 << 20;

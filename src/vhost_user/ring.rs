@@ -20,7 +20,7 @@ pub const RING_SIZE_MAX: u16 = 32768;
 /// whatever the ring's size is. No request needs more than the kernel takes in one vectored call, a header and a status.
 pub const CHAIN_DESCRIPTORS_MAX: usize = libc::UIO_MAXIOV as usize + 2;
 
-const DESCRIPTOR_BYTES: usize = 16;
+pub(super) const DESCRIPTOR_BYTES: usize = 16;
 const FLAG_NEXT: u16 = 1;
 const FLAG_WRITE: u16 = 2;
 const FLAG_INDIRECT: u16 = 4;
@@ -276,6 +276,13 @@ impl Ring {
         Ok(head)
     }
 
+    /// The head of a request that waits, so many behind the next, as a hint.
+    #[inline]
+    pub fn upcoming(&self, ahead: u16) -> u16 {
+        let entry = usize::from(self.next_available.wrapping_add(ahead) % self.size);
+        self.available.load(ENTRIES_AT + entry * AVAILABLE_ENTRY_BYTES)
+    }
+
     /// Where its requests are described.
     pub fn table(&self) -> &Table {
         &self.table
@@ -357,6 +364,19 @@ impl Ring {
 }
 
 impl Table {
+    /// Has the processor fetch a descriptor.
+    #[inline]
+    pub fn fetch(&self, head: u16) {
+        self.descriptors.fetch(usize::from(head) * DESCRIPTOR_BYTES);
+    }
+
+    /// The guest address that a chain begins with, and whether that is an indirect table, as a hint.
+    #[inline]
+    pub fn first(&self, head: u16) -> (u64, bool) {
+        let descriptor = Descriptor::from_bytes(self.descriptors.read(usize::from(head) * DESCRIPTOR_BYTES));
+        (descriptor.address, descriptor.flags & FLAG_INDIRECT != 0)
+    }
+
     /// Collects the buffers of the chain that starts at `head` into `chain`, which is emptied first.
     #[inline]
     pub fn chain<'m>(&self, head: u16, memory: &'m GuestMemory, chain: &mut Chain<'m>) -> Result<(), ChainError> {

@@ -129,14 +129,16 @@ impl Map {
         })
     }
 
+    /// Whether the states of `cluster`'s group are loaded.
+    #[inline]
+    pub fn is_loaded(&self, cluster: u64) -> bool {
+        self.loaded[(cluster / CLUSTERS_PER_GROUP) as usize].load(Ordering::Acquire) != 0
+    }
+
     /// Sees to it that the states of `cluster`'s group are loaded.
     #[inline]
     pub fn load(&self, cluster: u64, storage: &impl Storage) -> Result<(), LoadError> {
-        let group = cluster / CLUSTERS_PER_GROUP;
-        if self.loaded[group as usize].load(Ordering::Acquire) != 0 {
-            return Ok(());
-        }
-        self.load_group(group, storage)
+        if self.is_loaded(cluster) { Ok(()) } else { self.load_group(cluster / CLUSTERS_PER_GROUP, storage) }
     }
 
     #[cold]

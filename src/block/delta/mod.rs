@@ -184,6 +184,12 @@ impl<S: Storage> Delta<S> {
         self.map.load(cluster, &self.storage).map_err(|error| map_error(error, &self.label))
     }
 
+    /// Whether the state of a cluster can be asked for.
+    #[inline]
+    pub fn is_loaded(&self, cluster: u64) -> bool {
+        self.map.is_loaded(cluster)
+    }
+
     /// Where a cluster's contents are. Its group must be loaded.
     #[inline]
     pub fn state(&self, cluster: u64) -> State {

@@ -25,6 +25,7 @@ use crate::sys::guest::{DirtyLog, GuestMemory};
 use crate::vhost_user::counters::{Counters, Kind, Tally};
 use crate::vhost_user::device::{self, Device};
 use crate::vhost_user::errands::{Errands, Inbox};
+use crate::vhost_user::foresight;
 use crate::vhost_user::hold::Hold;
 use crate::vhost_user::order::RingStop;
 use crate::vhost_user::polling::Polling;
@@ -255,6 +256,7 @@ impl Queue {
     ) -> Result<(), RingError> {
         let mut bytes = 0;
         let mut waiting = waiting;
+        foresight::look_ahead(&self.ring, waiting, memory, &self.volume);
         for _ in 0..BATCH_REQUESTS {
             if bytes >= BATCH_BYTES {
                 break;
