@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -100,8 +100,8 @@ struct Shared {
     device: Arc<Device>,
     state: Mutex<State>,
     more: Condvar,
-    /// How many flushes there are in the state.
-    flushes: AtomicUsize,
+    /// For a flush that others are about to join.
+    company: Condvar,
     /// The queue that has flushed last, by itself or here.
     last_flusher: AtomicU32,
 }
@@ -112,6 +112,8 @@ struct State {
     /// Flushes, which one sync serves together.
     flushes: Vec<Job>,
     is_flushing: bool,
+    /// With how many a flush is content that waits for others; 0: none waits.
+    awaits: usize,
     company: Company,
     threads: usize,
     idle: usize,
@@ -212,8 +214,8 @@ impl Errands {
     /// None yet.
     pub fn new(volume: Arc<Volume>, device: Arc<Device>) -> Errands {
         let (state, more) = (Mutex::default(), Condvar::new());
-        let (flushes, last_flusher) = (AtomicUsize::new(0), AtomicU32::new(u32::MAX));
-        Errands { shared: Arc::new(Shared { volume, device, state, more, flushes, last_flusher }) }
+        let (company, last_flusher) = (Condvar::new(), AtomicU32::new(u32::MAX));
+        Errands { shared: Arc::new(Shared { volume, device, state, more, company, last_flusher }) }
     }
 
     /// Notes that a queue flushes. Whether the last flush was its as well.
@@ -237,7 +239,13 @@ impl Errands {
             Errand::Read => state.waiting.push_back(job),
             Errand::Flush => {
                 state.flushes.push(job);
-                self.shared.flushes.store(state.flushes.len(), Ordering::Relaxed);
+                if state.awaits > 0 {
+                    if state.flushes.len() >= state.awaits {
+                        state.awaits = 0;
+                        self.shared.company.notify_one();
+                    }
+                    return Ok(());
+                }
             }
         }
         drop(state);
@@ -262,12 +270,12 @@ impl Shared {
                 let expected = state.company.expected();
                 if state.flushes.len() < expected {
                     let patience = (state.company.took / 2).min(Company::PATIENCE_MAX);
-                    drop(state);
-                    self.wait_for_company(expected, patience);
-                    state = lock(&self.state);
+                    state.awaits = expected;
+                    let waited = self.company.wait_timeout_while(state, patience, |state| state.awaits > 0);
+                    state = waited.expect("no holder of this lock panics").0;
+                    state.awaits = 0;
                 }
                 let jobs = std::mem::take(&mut state.flushes);
-                self.flushes.store(0, Ordering::Relaxed);
                 state.company.note(jobs.iter().map(|job| Arc::as_ptr(&job.inbox).addr()));
                 drop(state);
                 // All of them were handed over before this, and the writes that they speak of are complete. When it fails, each finds out why.
@@ -295,15 +303,6 @@ impl Shared {
             }
         }
         state.threads -= 1;
-    }
-
-    /// Waits for so many flushes, for an instant.
-    fn wait_for_company(&self, expected: usize, patience: Duration) {
-        let begun = Instant::now();
-        while self.flushes.load(Ordering::Relaxed) < expected && begun.elapsed() < patience {
-            // Those who are about to come may want this very processor.
-            std::thread::yield_now();
-        }
     }
 
     fn carry_out(&self, job: Job, manner: Manner) {

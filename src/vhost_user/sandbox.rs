@@ -90,7 +90,6 @@ pub const WORKER: &[Call] = &[
     Call::any("fdatasync", libc::SYS_fdatasync, "a flush"),
     Call::any("io_uring_enter", libc::SYS_io_uring_enter, "reads that the kernel carries out meanwhile"),
     Call::with("io_uring_register", libc::SYS_io_uring_register, UPDATE_FILES, "which files these are of"),
-    Call::any("sched_yield", libc::SYS_sched_yield, "a flush that others are about to share waits for them"),
     Call::any("getrandom", libc::SYS_getrandom, "what tells the logs of two sessions apart"),
     // A ring's thread.
     Call::with("clone", libc::SYS_clone, &[is(0, THREAD)], "it starts; no process does"),
