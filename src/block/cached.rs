@@ -2,7 +2,7 @@
 //! wait.
 //!
 //! A copy from a mapping waits for the disk when its page is not there, and nothing says so beforehand. So account is kept of the pages that were there
-//! when they were last read. A page that is not among them is read by a system call that gives up rather than wait. Where that finds page after page, it
+//! when they were last read. A page that is not among them is left to who reads it meanwhile, or read by a system call that gives up rather than wait. Where that finds page after page, it
 //! is believed of their neighbours too: an image that is all in memory is soon read without such calls. The account is a
 //! hint: the kernel may have dropped a page since, and then a copy waits after all, once; whoever notices that says so
 //! ([`CachedFile::forget`]).

@@ -199,7 +199,8 @@ impl<'m> Reads<'m> {
         self.count
     }
 
-    /// Begins a read into `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it. `epoll` wakes who waits for its end.
+    /// Begins a read into `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it. `epoll` wakes who waits for its end. The disk
+    /// may be told of it at once, unless the batch `has_others` that are to be shown before that.
     pub fn begin(
         &mut self,
         request: ReadRequest<'m>,
@@ -207,6 +208,7 @@ impl<'m> Reads<'m> {
         volume: &Volume,
         memory: &Arc<GuestMemory>,
         epoll: &Epoll,
+        has_others: bool,
     ) -> bool {
         if self.uring.is_none() {
             // Asked once: where all are taken, this queue does without.
@@ -247,7 +249,7 @@ impl<'m> Reads<'m> {
             Some(number) => self.under_way[number as usize] = Some(under_way),
             None => self.under_way.push(Some(under_way)),
         }
-        if self.disk_works && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER) {
+        if self.disk_works && !has_others && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER) {
             self.submit_all(volume);
         }
         true

@@ -314,6 +314,7 @@ impl Queue {
                         &self.volume,
                         memory,
                         epoll,
+                        !away.copied.is_empty(),
                     )
                 {
                     continue;
