@@ -290,6 +290,7 @@ mod tests {
         assert!(matches!(State::decode(b"PANDO"), Err(HandoverError::Magic)));
         assert!(matches!(State::decode(b"PANDODLT\x01\0\0\0"), Err(HandoverError::Magic)));
         assert!(matches!(State::decode(b"PANDOKPR\x09\0\0\0"), Err(HandoverError::Version { found: 9 })));
-        assert!(matches!(State::decode(b"PANDOKPR\x01\0\0\0\xff"), Err(HandoverError::Decode(_))));
+        assert!(matches!(State::decode(b"PANDOKPR\x01\0\0\0"), Err(HandoverError::Version { found: 1 })));
+        assert!(matches!(State::decode(b"PANDOKPR\x02\0\0\0\xff"), Err(HandoverError::Decode(_))));
     }
 }
