@@ -194,7 +194,7 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
             return if backend.log().text().contains("SIGABRT") { Ok(()) } else { Err(Broken) };
         }
         until_logged(backend, 0, "ready for front ends")?;
-        if part == Part::Incoming {
+        if matches!(part, Part::Next | Part::Incoming) {
             be_served(backend, &mut Client::start(backend, &Profile::qemu()))?;
         }
         if part == Part::Alone {
