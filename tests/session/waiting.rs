@@ -12,6 +12,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use super::client::{Client, Profile, check_served};
 use super::deaths::{Killer, check_all, kill_worker, profile, storms, work};
 use super::harness::{Backend, Disk, SECTOR, cold, cold_by, text, wait_until};
+use super::queue::{FLUSH, OK, header};
+use super::requests::Chain;
 use super::{drain, gone, hostile, migration, requests};
 
 const DISK_BYTES: usize = 8 << 20;
@@ -150,6 +152,21 @@ fn a_worker_at_rest_lets_go_of_what_it_has_mapped_and_reads_on() {
     wait_until("it has let go", || mapped() < at_first + (1 << 10));
     read_all();
     assert!(mapped() > at_first + (64 << 10), "and maps again what is read again");
+}
+
+/// Whether others make it or, after some, the ring's own thread, which reads the header twice.
+#[test]
+fn a_flush_may_have_more_than_a_header() {
+    let disk = Disk::new(DISK_BYTES);
+    let backend = disk.serve();
+    let mut client = Client::start(&backend, &Profile::qemu());
+    let queue = &mut client.queues[0];
+    let mut bytes = header(FLUSH, 0).to_vec();
+    bytes.extend_from_slice(&[1; 9]);
+    for number in 1..=20 {
+        queue.write(8, &[number; SECTOR]);
+        assert_eq!(Chain::new(queue).reads(&bytes).writes(1).execute(queue), (1, vec![OK]), "flush {number}");
+    }
 }
 
 /// Where the tests' files can be dropped from memory; elsewhere they are read as ever.
