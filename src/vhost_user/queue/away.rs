@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::block::Sources;
 use crate::sys::guard;
 use crate::vhost_user::counters::{Kind, Tally};
 use crate::vhost_user::errands::{Done, FlushHabit, Inbox, Job};
@@ -105,22 +106,25 @@ impl Queue {
                 }
             }
             let status = done.error.as_ref().map_or(Status::Ok, RequestError::status);
-            let mut tally = Tally::default();
-            tally.sources = done.sources;
-            tally.note(done.kind, done.bytes, status != Status::Ok);
-            tally.count(&self.counters, self.index, done.taken.elapsed());
-            completions.push(Completion {
-                head: done.head,
+            let completion = Completion {
                 kind: done.kind,
                 bytes: done.bytes,
                 data_bytes: done.written,
                 status,
-                status_place: None,
-                wrote: false,
-                is_full: false,
                 is_late: true,
-            });
+                ..Completion::of(done.head)
+            };
+            self.count_late(&completion, done.taken, done.sources);
+            completions.push(completion);
         }
+    }
+
+    /// Counts a request that others have carried out.
+    fn count_late(&self, completion: &Completion<'_>, taken: Instant, sources: Sources) {
+        let mut tally = Tally::default();
+        tally.sources = sources;
+        tally.note(completion.kind, completion.bytes, completion.status != Status::Ok);
+        tally.count(&self.counters, self.index, taken.elapsed());
     }
 
     /// Takes the reads that the kernel is done with, to be shown to the driver. What it has not read others have to.
@@ -145,21 +149,17 @@ impl Queue {
                 }
                 continue;
             }
-            let mut tally = Tally::default();
-            tally.sources = sources;
-            tally.note(Kind::Read, bytes.into(), false);
-            tally.count(&self.counters, self.index, taken.elapsed());
-            completions.push(Completion {
-                head,
+            let completion = Completion {
                 kind: Kind::Read,
                 bytes: bytes.into(),
                 data_bytes: bytes,
                 status: Status::Ok,
                 status_place: Some(status_place),
-                wrote: false,
-                is_full: false,
                 is_late: true,
-            });
+                ..Completion::of(head)
+            };
+            self.count_late(&completion, taken, sources);
+            completions.push(completion);
         }
         away.read = read;
     }

@@ -135,6 +135,23 @@ struct Completion<'m> {
     is_late: bool,
 }
 
+impl Completion<'_> {
+    /// Of a request of which nothing is known: it has failed, and there is no place to say so.
+    fn of(head: u16) -> Self {
+        Completion {
+            head,
+            kind: Kind::Other,
+            bytes: 0,
+            data_bytes: 0,
+            status: Status::IoError,
+            status_place: None,
+            wrote: false,
+            is_full: false,
+            is_late: false,
+        }
+    }
+}
+
 impl Queue {
     fn serve(mut self, epoll: &Epoll, stop: &Stop, inbox: Arc<Inbox>) -> RingStop {
         let mut complaints = Complaints::new(self.index);
@@ -279,18 +296,7 @@ impl Queue {
             if let Err(error) = found {
                 complaints.guests(&error);
                 // Without a chain there is no place for a status either; the driver gets its descriptors back.
-                let nothing = Completion {
-                    head,
-                    kind: Kind::Other,
-                    bytes: 0,
-                    data_bytes: 0,
-                    status: Status::IoError,
-                    status_place: None,
-                    wrote: false,
-                    is_full: false,
-                    is_late: false,
-                };
-                completions.push(nothing);
+                completions.push(Completion::of(head));
                 continue;
             }
             let serial = &self.device.description().serial;
@@ -346,15 +352,13 @@ impl Queue {
             let data_bytes = if status == Status::Ok { outcome.data_bytes } else { 0 };
             bytes += chain.bytes();
             completions.push(Completion {
-                head,
                 kind: outcome.kind,
                 bytes: outcome.bytes,
                 data_bytes,
                 status,
                 status_place: outcome.status_place,
                 wrote: outcome.wrote,
-                is_full: false,
-                is_late: false,
+                ..Completion::of(head)
             });
         }
         Ok(())
