@@ -214,6 +214,7 @@ impl Host {
                     let volume = find_volume(facts, name)?;
                     require_detached(facts, &volume)?;
                     facts.set_volume_state(name, VolumeState::Removing)?;
+                    doom_deltas(facts, name)?;
                     call.done(facts, "")
                 })?;
                 self.undo_volume(name)
@@ -223,14 +224,12 @@ impl Host {
 
     /// Takes away what there is of a volume that was never finished or is to go. The caller has the volume alone.
     pub fn undo_volume(&self, name: &str) -> Result<(), Error> {
+        self.catalog.change(|facts| doom_deltas(facts, name))?;
+        let removed = self.remove_doomed_files(name)?;
         self.catalog.change(|facts| {
-            for delta in facts.deltas(name)? {
-                facts.set_delta_state(delta.id, DeltaState::Doomed)?;
+            for delta in removed {
+                facts.remove_delta(delta)?;
             }
-            Ok::<_, Error>(())
-        })?;
-        self.remove_doomed(name)?;
-        self.catalog.change(|facts| {
             facts.remove_targets(name)?;
             Ok(facts.remove_volume(name)?)
         })
@@ -398,6 +397,15 @@ impl Host {
 
     /// Removes the files of a volume's deltas that are to go, and then their rows.
     pub fn remove_doomed(&self, volume: &str) -> Result<(), Error> {
+        for delta in self.remove_doomed_files(volume)? {
+            self.catalog.change(|facts| facts.remove_delta(delta))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the files of a volume's deltas that are to go, and says of which deltas there is none any more.
+    fn remove_doomed_files(&self, volume: &str) -> Result<Vec<i64>, Error> {
+        let mut removed = Vec::new();
         let deltas = self.catalog.read(|facts| Ok::<_, Error>(facts.deltas(volume)?))?;
         for delta in deltas.into_iter().filter(|delta| delta.state == DeltaState::Doomed) {
             let path = self.delta_path(&delta);
@@ -407,11 +415,19 @@ impl Host {
                     // It is tried again when the daemon starts.
                     log::error!("{}", chain(&error));
                 }
-                _ => self.catalog.change(|facts| facts.remove_delta(delta.id))?,
+                _ => removed.push(delta.id),
             }
         }
-        Ok(())
+        Ok(removed)
     }
+}
+
+/// Notes that all deltas of a volume are to go. Nothing changes, and nothing is written, where all are noted already.
+fn doom_deltas(facts: &Facts<'_>, volume: &str) -> Result<(), Error> {
+    for delta in facts.deltas(volume)?.iter().filter(|delta| delta.state != DeltaState::Doomed) {
+        facts.set_delta_state(delta.id, DeltaState::Doomed)?;
+    }
+    Ok(())
 }
 
 fn require_detached(facts: &Facts<'_>, volume: &VolumeRow) -> Result<(), Error> {
