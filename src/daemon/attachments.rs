@@ -284,15 +284,19 @@ impl Host {
         let begun = Instant::now();
         loop {
             let noted = self.catalog.change(|facts| {
-                let taken = facts.backend_uids()?;
-                let mut free = range.from(turn).filter(|uid| !taken.contains(uid)).peekable();
-                free.peek().ok_or_else(none_left)?;
-                // A backend may not have ended when it said that it would.
-                let found = free.find(|uid| !process::runs_as(*uid));
-                if found.is_some() {
-                    facts.set_backend_uid(row.id, found)?;
+                let mut is_any_free = false;
+                for uid in range.from(turn) {
+                    if facts.is_backend_uid(uid)? {
+                        continue;
+                    }
+                    is_any_free = true;
+                    // A backend may not have ended when it said that it would.
+                    if !process::runs_as(uid) {
+                        facts.set_backend_uid(row.id, Some(uid))?;
+                        return Ok(Some(uid));
+                    }
                 }
-                Ok::<_, Error>(found)
+                if is_any_free { Ok::<_, Error>(None) } else { Err(none_left()) }
             })?;
             if noted.is_some() {
                 return Ok(noted);

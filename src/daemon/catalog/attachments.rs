@@ -1,7 +1,5 @@
 //! Attachments, and placements: which VM a volume belongs to.
 
-use std::collections::BTreeSet;
-
 use rusqlite::Row;
 
 use crate::daemon::api::types::Role;
@@ -216,11 +214,10 @@ impl Facts<'_> {
         Ok(())
     }
 
-    /// The users that are backends' own.
-    pub fn backend_uids(&self) -> Result<BTreeSet<u32>, CatalogError> {
-        let found =
-            self.all("SELECT backend_uid FROM attachment WHERE backend_uid IS NOT NULL", [], |row| row.get(0))?;
-        Ok(found.into_iter().collect())
+    /// Whether a user is some backend's own.
+    pub fn is_backend_uid(&self, uid: u32) -> Result<bool, CatalogError> {
+        let found = self.one("SELECT 1 FROM attachment WHERE backend_uid = ?1", [uid], |_| Ok(()))?;
+        Ok(found.is_some())
     }
 
     /// Notes whom an attachment's backend runs as.
