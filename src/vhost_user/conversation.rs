@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -73,7 +74,7 @@ impl Descriptors {
 
 /// One end of the conversation.
 pub struct Conversation {
-    socket: PacketSocket,
+    socket: Arc<PacketSocket>,
     /// Who is at the other end.
     peer: &'static str,
 }
@@ -82,17 +83,22 @@ impl Conversation {
     /// Both ends: ours with `peer` at the other one, and what that one gets.
     pub fn with(peer: &'static str) -> io::Result<(Conversation, OwnedFd)> {
         let (ours, theirs) = PacketSocket::pair()?;
-        Ok((Conversation { socket: ours, peer }, theirs.into()))
+        Ok((Conversation::over(ours, peer), theirs.into()))
     }
 
     /// An end with `peer` at the other one.
     pub fn over(socket: PacketSocket, peer: &'static str) -> Conversation {
-        Conversation { socket, peer }
+        Conversation { socket: Arc::new(socket), peer }
     }
 
     /// The same end once more.
     pub fn try_clone(&self) -> io::Result<Conversation> {
-        Ok(Conversation { socket: self.socket.as_fd().try_clone_to_owned()?.into(), peer: self.peer })
+        Ok(Conversation::over(self.socket.as_fd().try_clone_to_owned()?.into(), self.peer))
+    }
+
+    /// The socket, for whoever waits for something to be said.
+    pub fn socket(&self) -> Arc<PacketSocket> {
+        Arc::clone(&self.socket)
     }
 
     /// Says something.

@@ -1,7 +1,7 @@
 //! [`Link`]: the daemon's connection to one keeper. Orders go one at a time and wait for their replies; events come by themselves.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
 use crate::sys::socket::PacketSocket;
-use crate::sys::watch::watch;
+use crate::sys::watch::{Watched, watch};
 use crate::vhost_user::control::{Command, Event, Reply, Said};
 use crate::vhost_user::conversation::{Conversation, ConversationError, Descriptors};
 
@@ -42,7 +42,7 @@ impl Link {
         socket.set_nonblocking(true)?;
         let conversation = Arc::new(Conversation::over(socket, "backend"));
         let _entered = runtime.enter();
-        let watched = watch(conversation.as_fd())?;
+        let watched = watch(conversation.socket())?;
         let (replies, receiver) = channel();
         let (heard, ended) = (Arc::clone(&conversation), Arc::new(AtomicBool::new(false)));
         let (end, has_front_end) = (Arc::clone(&ended), Arc::new(AtomicBool::new(false)));
@@ -128,7 +128,7 @@ impl Drop for Link {
 }
 
 async fn listen(
-    watched: &AsyncFd<OwnedFd>,
+    watched: &AsyncFd<Watched>,
     conversation: &Conversation,
     replies: &Sender<(Reply, Descriptors)>,
     has_front_end: &AtomicBool,
