@@ -78,7 +78,8 @@ async fn serve(mut options: Options) -> Result<(), RunError> {
     if let Some(range) = options.backends.users.take_if(|_| !rustix::process::geteuid().is_root()) {
         log::warn!("--backend-uids {range} is left out: only root can start others as other users");
     }
-    let backends = Backends::new(options.backends, tokio::runtime::Handle::current(), notices);
+    let backends = Backends::new(options.backends, tokio::runtime::Handle::current(), notices)
+        .map_err(system("start", "the thread that starts backends".to_owned()))?;
     let places = options.places;
     let (host, _lock) = blocking(move || {
         std::fs::create_dir_all(&places.state).map_err(|source| RunError::System {
@@ -147,7 +148,7 @@ async fn blocking<T: Send + 'static>(
     })?
 }
 
-/// How long to wait for the lock of a daemon that may be dead: what it was about to start has its files until that has begun.
+/// How long to wait for the lock of a daemon that is about to end.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One daemon for a state directory.

@@ -17,6 +17,7 @@ fn fetch(address: *const u8) {
     let _ = address;
 }
 
+pub mod apart;
 pub mod array;
 pub mod buffers;
 pub mod events;

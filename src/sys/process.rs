@@ -58,6 +58,12 @@ pub fn run_as(command: &mut Command, uid: u32, processes_max: u64) {
     unsafe { command.pre_exec(limit) };
 }
 
+/// Waits for all children of the calling thread that have ended, and for none that has not. Other threads' children are theirs.
+pub fn reap_ended() {
+    // SAFETY: how they ended is not asked for.
+    while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG | libc::__WNOTHREAD) } > 0 {}
+}
+
 /// Whether any process runs as a user.
 pub fn runs_as(uid: u32) -> bool {
     // SAFETY: takes no pointers. Of the processes of this user it gives the highest priority, and fails when there are none; what else may go
@@ -239,7 +245,7 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// Holds the signals back from now on.
+    /// Holds these signals back from now on, and no others, whatever was held back by whoever started this process.
     pub fn hold() -> io::Result<StopSignals> {
         // SAFETY: all-zero bytes are a valid signal set, and the calls below only fill it and read it.
         let descriptor = unsafe {
@@ -247,7 +253,7 @@ impl StopSignals {
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
-            if libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
+            if libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) != 0 {
                 return Err(io::Error::last_os_error());
             }
             libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)

@@ -24,6 +24,8 @@ pub struct Daemon {
     process: Option<Child>,
     /// More that it is started with.
     pub arguments: Vec<String>,
+    /// How many descriptors it may have when it starts, and how many it may give itself, if not as this process.
+    pub descriptors: Option<(u64, u64)>,
     _directory: TempDir,
 }
 
@@ -79,7 +81,7 @@ impl Daemon {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let site = Site { directory: directory.path().to_owned() };
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let mut daemon = Daemon { site, process: None, arguments, _directory: directory };
+        let mut daemon = Daemon { site, process: None, arguments, descriptors: None, _directory: directory };
         daemon.start();
         daemon
     }
@@ -90,7 +92,13 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
         // What a killed daemon left there answers nobody.
         let _ = fs::remove_file(self.api());
-        let process = Command::new(env!("CARGO_BIN_EXE_pando"))
+        let program = env!("CARGO_BIN_EXE_pando");
+        let mut command = Command::new(if self.descriptors.is_some() { "sh" } else { program });
+        if let Some((current, maximum)) = self.descriptors {
+            let script = format!("ulimit -Sn {current} && ulimit -Hn {maximum} && exec \"$@\"");
+            command.args(["-c", &script, "sh", program]);
+        }
+        let process = command
             .args(["daemon", "--log", "debug", "--state-dir"])
             .arg(self.path("state"))
             .arg("--run-dir")
@@ -122,6 +130,15 @@ impl Daemon {
         let mut process = self.process.take().expect("it runs");
         kill_process(Pid::from_child(&process), Signal::TERM).expect("it is asked");
         assert!(process.wait().expect("it ends").success());
+    }
+
+    /// What the kernel says of a thread of the daemon's.
+    #[track_caller]
+    pub fn thread(&self, name: &str) -> PathBuf {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.process())).expect("its threads").flatten();
+        let mut threads = threads.map(|entry| entry.path());
+        let is_it = |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim_end() == name);
+        threads.find(is_it).unwrap_or_else(|| panic!("there is no thread {name}"))
     }
 
     /// The daemon's process.

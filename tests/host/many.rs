@@ -52,6 +52,13 @@ fn a_hundred_volumes_share_one_image_that_is_opened_once() {
 
     let keepers = daemon.keepers();
     assert_eq!(keepers.len(), VOLUMES);
+    // Three for each attachment, and some for all else.
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", daemon.process())).expect("its descriptors").count();
+    assert!(descriptors < 3 * VOLUMES + VOLUMES / 2, "{descriptors} descriptors");
+    // What is started is started from where hardly any is, and so takes as long with all of them as with none.
+    let starter = daemon.thread("starter");
+    let descriptors = fs::read_dir(starter.join("fd")).expect("its descriptors").count();
+    assert!(descriptors < 10, "{descriptors} descriptors of the thread that starts backends");
     let image = fs::metadata(daemon.path(&format!("state/images/{digest}.raw"))).expect("the image");
     let processes: BTreeSet<u32> =
         keepers.iter().flat_map(|keeper| [vec![*keeper], children_of(*keeper)].concat()).collect();

@@ -12,5 +12,6 @@ mod life;
 mod many;
 mod model;
 mod sandbox;
+mod starting;
 mod updates;
 mod upgrades;

@@ -32,6 +32,7 @@ use crate::vhost_user::order::DeltaOrder;
 
 use link::Link;
 pub use process::Manner;
+use process::Starter;
 pub use users::UidRange;
 
 /// The largest ring that is taken, in descriptors.
@@ -161,6 +162,7 @@ struct Backend {
 /// All backends of this host.
 pub struct Backends {
     manner: Manner,
+    starter: Starter,
     runtime: Handle,
     notices: UnboundedSender<Notice>,
     running: Mutex<BTreeMap<i64, Arc<Backend>>>,
@@ -178,9 +180,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Backends {
     /// None yet.
-    pub fn new(manner: Manner, runtime: Handle, notices: UnboundedSender<Notice>) -> Backends {
-        Backends {
+    pub fn new(manner: Manner, runtime: Handle, notices: UnboundedSender<Notice>) -> io::Result<Backends> {
+        Ok(Backends {
             manner,
+            starter: Starter::new(&runtime)?,
             runtime,
             notices,
             running: Mutex::default(),
@@ -188,7 +191,7 @@ impl Backends {
             listeners: Mutex::default(),
             deaths: Mutex::default(),
             counters: Mutex::default(),
-        }
+        })
     }
 
     /// Whom backends run as, each as another, if not as this process does.
@@ -231,9 +234,10 @@ impl Backends {
         let controllers = PacketListener::bind(&launch.control).map_err(io("listen at", &launch.control))?;
         let counters = self.counters_of(id).map_err(io("make counters for", &launch.socket))?;
 
-        let (socket, mut process) = process::start(&self.manner, launch.queues, launch.uid, &self.runtime)
-            .map_err(io("execute", &self.manner.program))?;
+        let (socket, process) =
+            self.starter.start(&self.manner, launch.queues, launch.uid).map_err(io("execute", &self.manner.program))?;
         let link = self.link(id, socket).map_err(io("talk to", &self.manner.program))?;
+        link.note_process(process);
         let command = Command::Serve(Serve {
             volume: spec_of(&launch.part),
             queues: launch.queues,
@@ -251,7 +255,7 @@ impl Backends {
             Ok((Reply::Report(report), _)) => report,
             other => {
                 // It may have ended by itself.
-                let _ = process.start_kill();
+                link.kill();
                 return Err(other.err().unwrap_or(BackendError::Silent { reason: "another answer came".to_owned() }));
             }
         };
