@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::sys::file;
+use crate::sys::{file, process};
 use crate::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
 
 use super::backends::{Backends, Manner, Notice};
@@ -78,7 +78,10 @@ async fn serve(mut options: Options) -> Result<(), RunError> {
     if let Some(range) = options.backends.users.take_if(|_| !rustix::process::geteuid().is_root()) {
         log::warn!("--backend-uids {range} is left out: only root can start others as other users");
     }
-    let backends = Backends::new(options.backends, tokio::runtime::Handle::current(), notices)
+    // Each attachment takes some, and what is usual (1,024) was chosen for programs that cannot have more.
+    let descriptors_max =
+        process::raise_descriptor_limit().map_err(system("raise", "the limit of open descriptors".to_owned()))?;
+    let backends = Backends::new(options.backends, descriptors_max, tokio::runtime::Handle::current(), notices)
         .map_err(system("start", "the thread that starts backends".to_owned()))?;
     let places = options.places;
     let (host, _lock) = blocking(move || {

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 #[cfg(not(fuzzing))]
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 #[cfg(fuzzing)]
 pub use super::stand_in::Running;
@@ -62,6 +62,13 @@ pub fn run_as(command: &mut Command, uid: u32, processes_max: u64) {
 pub fn reap_ended() {
     // SAFETY: how they ended is not asked for.
     while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG | libc::__WNOTHREAD) } > 0 {}
+}
+
+/// Lets this process, and programs that it starts, have as many descriptors as it may give itself; says how many that is.
+pub fn raise_descriptor_limit() -> io::Result<u64> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    Ok(maximum.unwrap_or(u64::MAX))
 }
 
 /// Whether any process runs as a user.

@@ -48,12 +48,62 @@ fn replace_backend(daemon: &Daemon, vm: &str) {
 }
 
 #[test]
+fn the_daemon_gives_itself_all_descriptors_that_it_may_have() {
+    let daemon = with_descriptors(100, 500);
+    daemon.attach("v", "a");
+    for process in [daemon.process(), keeper_of(&daemon, "a")] {
+        assert_eq!(said_of(process, "limits", "Max open files")[..2], ["500", "500"]);
+    }
+}
+
+#[test]
 fn a_backend_holds_no_signals_back_but_its_own() {
     let daemon = with_descriptors(1000, 1000);
     daemon.attach("v", "a");
     // Those that ask it to stop. The thread that has started it holds all of them back.
     let held = 1 << (Signal::TERM.as_raw() - 1) | 1 << (Signal::INT.as_raw() - 1);
     assert_eq!(said_of(keeper_of(&daemon, "a"), "status", "SigBlk:"), [format!("{held:016x}")]);
+}
+
+#[test]
+fn what_there_are_no_descriptors_for_is_refused_by_number_and_all_else_goes_on() {
+    // Half of 64 are kept, and each attachment takes three.
+    let mut daemon = with_descriptors(64, 64);
+    let vm = |number: usize| format!("vm{number}");
+    (0..10).for_each(|number| _ = daemon.attach("v", &vm(number)));
+    let refused = |daemon: &Daemon| {
+        let request = json!({ "volume": "v", "vm": "refused" });
+        daemon.ask("POST", "/v1/attachments", Some(&request)).problem(409, "wrong-state")
+    };
+    let detail = refused(&daemon);
+    assert!(
+        detail.contains("10 volumes are attached: expected fewer than 10, as many as 64 open descriptors"),
+        "{detail}"
+    );
+    assert_eq!(daemon.get("/v1/attachments").as_array().map(Vec::len), Some(10), "nothing is left of what was refused");
+    daemon.detach(&vm(0), "v");
+    daemon.attach("v", "further");
+    refused(&daemon);
+    // A backend that dies is none more.
+    replace_backend(&daemon, "further");
+
+    // One that comes back with fewer leaves the rest as it is.
+    restart(&mut daemon, 56, 56);
+    let count = |daemon: &Daemon, state: &str| {
+        let attachments = daemon.get("/v1/attachments");
+        attachments.as_array().expect("a list").iter().filter(|attachment| attachment["state"] == state).count()
+    };
+    assert_eq!((count(&daemon, "running"), count(&daemon, "restarting")), (9, 1));
+    assert_eq!(daemon.keepers().len(), 10);
+    assert!(
+        daemon.log().contains("9 volumes are attached: expected fewer than 9, as many as 56 open"),
+        "{}",
+        daemon.log()
+    );
+    // And whoever goes needs none.
+    (1..10).for_each(|number| daemon.detach(&vm(number), "v"));
+    daemon.detach("further", "v");
+    assert!(daemon.keepers().is_empty());
 }
 
 #[test]

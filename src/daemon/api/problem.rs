@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
+use crate::daemon::backends::BackendError;
 use crate::daemon::error::{Error, chain};
 use crate::store::StoreError;
 
@@ -47,7 +48,7 @@ impl From<Error> for Failure {
             Error::Denied { .. } | Error::NotAdmin { .. } => (StatusCode::FORBIDDEN, "denied"),
             Error::Exists { .. } => (StatusCode::CONFLICT, "exists"),
             Error::InUse { .. } => (StatusCode::CONFLICT, "in-use"),
-            Error::State { .. } => (StatusCode::CONFLICT, "wrong-state"),
+            Error::State { .. } | Error::Backend(BackendError::TooMany { .. }) => (StatusCode::CONFLICT, "wrong-state"),
             Error::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "busy"),
             Error::Store(StoreError::Full { .. }) => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),
             Error::Delta(error) if error.is_full() => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),

@@ -44,6 +44,17 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it may take to make everything durable.
 const END_PATIENCE: Duration = Duration::from_secs(120);
 
+/// What the daemon has open for each attachment for as long as it lasts: the connection to its keeper, the socket that front ends connect to,
+/// and its counters.
+pub const DESCRIPTORS_EACH: u64 = 3;
+/// What is kept for all else: the database, images, clients of the API, and what is open for an instant while something is attached.
+const DESCRIPTORS_KEPT: u64 = 512;
+
+/// How many volumes can be attached at once by a daemon that may have so many descriptors.
+fn attachments_max(descriptors_max: u64) -> u64 {
+    (descriptors_max - DESCRIPTORS_KEPT.min(descriptors_max / 2)) / DESCRIPTORS_EACH
+}
+
 /// Why a backend did not do what it was to.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -60,6 +71,12 @@ pub enum BackendError {
         "the socket {path} has a path of {found} bytes: expected at most 107; a shorter --run-dir, or shorter names"
     )]
     PathTooLong { path: String, found: usize },
+    /// Each attachment takes descriptors, and clients of the API have to be answered as well.
+    #[error(
+        "{found} volumes are attached: expected fewer than {expected}, as many as {descriptors} open descriptors are enough for; detach something, or \
+         start the daemon with a higher limit (LimitNOFILE= of its unit, ulimit -Hn of its shell)"
+    )]
+    TooMany { found: u64, expected: u64, descriptors: u64 },
     /// It said no.
     #[error("the backend refused: {reason}")]
     Refused { reason: String },
@@ -163,6 +180,8 @@ struct Backend {
 pub struct Backends {
     manner: Manner,
     starter: Starter,
+    /// How many descriptors this process may have.
+    descriptors_max: u64,
     runtime: Handle,
     notices: UnboundedSender<Notice>,
     running: Mutex<BTreeMap<i64, Arc<Backend>>>,
@@ -179,11 +198,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Backends {
-    /// None yet.
-    pub fn new(manner: Manner, runtime: Handle, notices: UnboundedSender<Notice>) -> io::Result<Backends> {
+    /// None yet. `descriptors_max`: how many this process may have.
+    pub fn new(
+        manner: Manner,
+        descriptors_max: u64,
+        runtime: Handle,
+        notices: UnboundedSender<Notice>,
+    ) -> io::Result<Backends> {
         Ok(Backends {
             manner,
             starter: Starter::new(&runtime)?,
+            descriptors_max,
             runtime,
             notices,
             running: Mutex::default(),
@@ -330,6 +355,7 @@ impl Backends {
         if let Some(listener) = listeners.get(&id) {
             return listener.try_clone().map_err(io);
         }
+        self.check_room(listeners.len())?;
         check_path(path)?;
         remove_socket(path)?;
         let listener = UnixListener::bind(path).map_err(io)?;
@@ -337,6 +363,15 @@ impl Backends {
         let copy = listener.try_clone().map_err(io)?;
         listeners.insert(id, listener);
         Ok(copy)
+    }
+
+    /// Sees that one more can be attached where so many are.
+    fn check_room(&self, attached: usize) -> Result<(), BackendError> {
+        let (found, expected) = (attached as u64, attachments_max(self.descriptors_max));
+        if found < expected {
+            return Ok(());
+        }
+        Err(BackendError::TooMany { found, expected, descriptors: self.descriptors_max })
     }
 
     /// An attachment's counters, which go on over its backends' deaths.
@@ -366,6 +401,11 @@ impl Backends {
             }
             socket => socket.map_err(io)?,
         };
+        let attached = {
+            let listeners = lock(&self.listeners);
+            listeners.len() - usize::from(listeners.contains_key(&id))
+        };
+        self.check_room(attached)?;
         let link = self.link(id, socket).map_err(io)?;
         let (Reply::Report(report), descriptors) = link.ask(&Command::Report, &[], PATIENCE)? else {
             return Err(BackendError::Silent { reason: "another answer came".to_owned() });

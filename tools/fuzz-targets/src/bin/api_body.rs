@@ -192,7 +192,7 @@ impl Site {
     fn open(root: &Path) -> Site {
         let manner = Manner { program: "/bin/false".into(), sandbox: false, users: None, poll_us: 0, io: Io::Auto };
         let (notices, _) = tokio::sync::mpsc::unbounded_channel();
-        let backends = Backends::new(manner, RUNTIME.handle().clone(), notices).unwrap();
+        let backends = Backends::new(manner, u64::MAX, RUNTIME.handle().clone(), notices).unwrap();
         let places = Places { state: root.join("state"), run: root.join("run") };
         std::fs::create_dir_all(&places.state).unwrap();
         let host = Arc::new(Host::open(places, backends).unwrap());
