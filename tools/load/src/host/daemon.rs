@@ -152,9 +152,12 @@ impl Drop for Daemon {
     }
 }
 
-/// Where the daemon of this process has its sockets.
+/// Where the daemon of this process has its sockets: in memory, as `/run` is, where it can be. A disk's file system takes longer over a new
+/// socket the more have been made or removed lately.
 pub fn run_directory(purpose: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("pando-{purpose}-{}", std::process::id()))
+    let memory = Path::new("/dev/shm");
+    let directory = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    directory.join(format!("pando-{purpose}-{}", std::process::id()))
 }
 
 fn spawn(pando: &Path, directory: &Path, run: &Path, log: &Path) -> Result<Child> {
