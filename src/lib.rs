@@ -41,8 +41,12 @@
 //! 6. The driver's flush makes it durable: sync, copy the marks into the cluster map on disk, sync.
 //!
 //! A read is a copy from a mapping where the pages are known to be in memory ([`block::cached`]). Others the kernel carries out while the queue goes on
-//! ([`vhost_user::reads`], by io_uring). Where that cannot be had, and for a flush that has something to sync, there are threads of the worker that
+//! ([`vhost_user::transfers`], by io_uring). Where that cannot be had, and for a flush that has something to sync, there are threads of the worker that
 //! may wait ([`vhost_user::errands`]). So no queue does; what is done comes back to the queue, which completes it.
+//!
+//! A delta whose data goes past the page cache ([`block::DeltaCache::Direct`]) has reads and writes of its clusters carried out in those two ways alone. What is
+//! written whole is marked when it has arrived ([`block::BegunWrite`]); a write that leaves part of a new cluster to be filled in is for a thread. Marks and maps
+//! go through the page cache as ever.
 //!
 //! # Invariants
 //!

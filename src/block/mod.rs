@@ -5,12 +5,17 @@
 //! simulated disk that loses, tears and reorders.
 
 pub mod base;
+mod begun;
 pub mod cached;
 pub mod delta;
+mod direct;
 mod error;
+mod exclusion;
 pub mod storage;
 mod volume;
 pub mod writes;
 
+pub use begun::{Begun, BegunWrite};
 pub use error::Error;
-pub use volume::{Batch, Place, Sources, Volume, VolumeFile};
+pub use storage::DeltaCache;
+pub use volume::{Batch, Place, Places, Sources, Volume, VolumeFile};

@@ -1,15 +1,20 @@
-//! [`Storage`]: the five verbs that a delta needs of the file below it (reading has two ways), and [`FileStorage`], which
+//! [`Storage`]: the five verbs that a delta needs of the file below it (reading has some ways), and [`FileStorage`], which
 //! has them of a file.
 //!
 //! Everything that a delta reads and writes passes here, so a simulated disk in place of the file sees every step.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 use crate::sys::buffers::{Readable, Writable, total_len_readable};
 use crate::sys::file;
 
 use super::cached::{CachedFile, Patience};
+use super::direct::DirectFile;
 
 /// A sparse file as a delta uses it. Called from many threads at once.
 ///
@@ -31,6 +36,25 @@ pub trait Storage: Send + Sync {
         self.read_at(into, offset).map(|()| true)
     }
 
+    /// As `read_at`, of what clusters hold, into some buffers, one after another.
+    fn read_data_at(&self, into: &[Writable<'_>], mut offset: u64) -> io::Result<()> {
+        for buffer in into {
+            self.read_at(*buffer, offset)?;
+            offset += buffer.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// As `write_at`, of what clusters hold.
+    fn write_data_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()> {
+        self.write_at(from, offset)
+    }
+
+    /// Whether what clusters hold is never in memory, so that reading and writing it always waits for the disk.
+    fn is_direct(&self) -> bool {
+        false
+    }
+
     /// Notes that somebody else has read these bytes from the file, and whether they were in memory already.
     fn note_read(&self, _offset: u64, _len: usize, _found: bool) {}
 
@@ -50,25 +74,70 @@ pub trait Storage: Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
+/// By what a delta's data goes to the disk and comes from there. Its marks and maps go through the page cache either way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeltaCache {
+    /// Through the page cache.
+    #[default]
+    Writeback,
+    /// Past it: guests that have a cache of their own then do not fill the host's as well.
+    Direct,
+}
+
+/// What is none of these.
+#[derive(Debug, thiserror::Error)]
+#[error("expected writeback or direct")]
+pub struct DeltaCacheError;
+
+impl FromStr for DeltaCache {
+    type Err = DeltaCacheError;
+
+    fn from_str(text: &str) -> Result<DeltaCache, DeltaCacheError> {
+        match text {
+            "writeback" => Ok(DeltaCache::Writeback),
+            "direct" => Ok(DeltaCache::Direct),
+            _ => Err(DeltaCacheError),
+        }
+    }
+}
+
+impl fmt::Display for DeltaCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DeltaCache::Writeback => "writeback",
+            DeltaCache::Direct => "direct",
+        })
+    }
+}
+
 /// A file, written by system call and read from a shared mapping of it.
 ///
-/// Writes go by system call so that a full disk is an error code; reads of mapped bytes are copies without a system call.
+/// Writes go by system call so that a full disk is an error code; reads of mapped bytes are copies without a system call. What clusters hold can go past the page cache
+/// instead.
 pub struct FileStorage {
     file: File,
     /// The same, as it was long when opened.
     cached: CachedFile,
+    /// The same, opened for what clusters hold.
+    direct: Option<DirectFile>,
 }
 
 impl FileStorage {
     /// Takes over `file`, which has to be open for reading and, unless it is only looked at, writing.
     pub fn new(file: File) -> io::Result<FileStorage> {
-        let cached = CachedFile::new(file.try_clone()?)?;
-        Ok(FileStorage { file, cached })
+        FileStorage::with(file, None)
     }
 
-    /// The file itself.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// As [`FileStorage::new`]; `direct` is the same file, opened for what clusters hold ([`file::reopen_direct`]).
+    pub fn with(file: File, direct: Option<File>) -> io::Result<FileStorage> {
+        let cached = CachedFile::new(file.try_clone()?)?;
+        Ok(FileStorage { file, cached, direct: direct.map(DirectFile::new).transpose()? })
+    }
+
+    /// The file to read what clusters hold from.
+    pub fn data_file(&self) -> &File {
+        self.direct.as_ref().map_or(&self.file, DirectFile::file)
     }
 
     /// As [`CachedFile::fetch`].
@@ -101,13 +170,33 @@ impl Storage for FileStorage {
 
     #[inline]
     fn read_with(&self, into: Writable<'_>, offset: u64, patience: Patience) -> io::Result<bool> {
+        if let Some(direct) = &self.direct {
+            return if patience == Patience::Waits {
+                direct.read_at(&[into], offset).map(|()| true)
+            } else {
+                Ok(false)
+            };
+        }
         let Some(done) = self.cached.read_with(into, offset, patience)? else { return Ok(false) };
         self.read_rest(into, offset, done)?;
         Ok(true)
     }
 
+    fn read_data_at(&self, into: &[Writable<'_>], offset: u64) -> io::Result<()> {
+        match &self.direct {
+            Some(direct) => direct.read_at(into, offset),
+            None => file::read_all_at(&self.file, into, offset),
+        }
+    }
+
+    fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
     fn note_read(&self, offset: u64, len: usize, found: bool) {
-        self.cached.note_read(offset, len, found);
+        if self.direct.is_none() {
+            self.cached.note_read(offset, len, found);
+        }
     }
 
     fn forget(&self, offset: u64, len: usize) {
@@ -124,6 +213,15 @@ impl Storage for FileStorage {
         // Which is where it stays until the kernel needs the room.
         self.cached.note(offset, total_len_readable(from) as usize);
         Ok(())
+    }
+
+    fn write_data_at(&self, from: &[Readable<'_>], offset: u64) -> io::Result<()> {
+        match &self.direct {
+            Some(direct) if direct.write_at(from, offset)? => Ok(()),
+            // A disk whose blocks are larger than sectors: the kernel has the rest of them.
+            Some(_) => file::write_at(&self.file, from, offset),
+            None => self.write_at(from, offset),
+        }
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {

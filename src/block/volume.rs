@@ -7,11 +7,10 @@
 //! before or after, never between.
 
 use std::fs::File;
-use std::sync::Mutex;
 
 use smallvec::SmallVec;
 
-use crate::sys::buffers::{Readable, Writable, total_len_readable, total_len_writable};
+use crate::sys::buffers::{Buffer, Readable, Split, Writable, total_len_readable, total_len_writable};
 use crate::units::ClusterSize;
 
 use super::Error;
@@ -19,6 +18,7 @@ use super::base::Base;
 use super::cached::Patience;
 use super::delta::layout::{CLUSTERS_PER_GROUP, CLUSTERS_PER_STRETCH};
 use super::delta::{Delta, Marks, State};
+use super::exclusion::Exclusion;
 use super::storage::{FileStorage, Storage};
 
 /// Exclusions among writers. More than queues, so that two rarely meet by chance.
@@ -30,7 +30,7 @@ pub struct Volume<S = FileStorage> {
     delta: Option<Delta<S>>,
     bytes: u64,
     /// The exclusion of stretch `s` is number `s % EXCLUSIONS`. One at a time is held.
-    exclusions: [Mutex<()>; EXCLUSIONS],
+    exclusions: [Exclusion; EXCLUSIONS],
 }
 
 /// What the requests of one batch have in common until they complete: each queue has one and uses it again and again.
@@ -61,6 +61,11 @@ impl Sources {
 }
 
 impl Batch {
+    /// The marks that have been made in the batch.
+    pub(super) fn marks(&mut self) -> &mut Marks {
+        &mut self.marks
+    }
+
     /// Where the bytes came from that were read in the batch until now; forgets it.
     #[inline]
     pub fn take_sources(&mut self) -> Sources {
@@ -78,14 +83,29 @@ pub enum VolumeFile {
     Delta,
 }
 
-/// A part of a read: bytes that lie together in one file.
-pub struct Place<'m> {
+/// A part of a read or write: bytes that lie together in one file.
+pub struct Place<B> {
     pub file: VolumeFile,
     /// Offset in that file, and how many bytes there are.
     pub offset: u64,
     pub len: u64,
-    /// What they are to fill, one buffer after another.
-    pub into: SmallVec<[Writable<'m>; 16]>,
+    /// What they are to fill or to come from, one buffer after another.
+    pub buffers: SmallVec<[B; 16]>,
+}
+
+/// All of a read or write.
+pub type Places<B> = SmallVec<[Place<B>; 4]>;
+
+/// Adds the next buffer of a read or write, whose bytes lie at an offset of a file.
+pub(super) fn add_to<B: Buffer>(places: &mut Places<B>, file: VolumeFile, offset: u64, buffer: B) {
+    let len = buffer.len() as u64;
+    match places.last_mut() {
+        Some(last) if last.file == file && last.offset + last.len == offset => {
+            last.len += len;
+            last.buffers.push(buffer);
+        }
+        _ => places.push(Place { file, offset, len, buffers: SmallVec::from_iter([buffer]) }),
+    }
 }
 
 /// Where a run of bytes comes from.
@@ -100,13 +120,13 @@ impl<S: Storage> Volume<S> {
     /// A volume of a base and a delta over it.
     pub fn cow(base: Base, delta: Delta<S>) -> Volume<S> {
         let bytes = delta.layout().virtual_bytes();
-        Volume { base, delta: Some(delta), bytes, exclusions: [const { Mutex::new(()) }; EXCLUSIONS] }
+        Volume { base, delta: Some(delta), bytes, exclusions: [const { Exclusion::new() }; EXCLUSIONS] }
     }
 
     /// A volume of a base alone, which refuses writes.
     pub fn read_only(base: Base) -> Volume<S> {
         let bytes = base.bytes();
-        Volume { base, delta: None, bytes, exclusions: [const { Mutex::new(()) }; EXCLUSIONS] }
+        Volume { base, delta: None, bytes, exclusions: [const { Exclusion::new() }; EXCLUSIONS] }
     }
 
     /// Size in bytes.
@@ -140,6 +160,9 @@ impl<S: Storage> Volume<S> {
         patience: Patience,
     ) -> Result<bool, Error> {
         self.check_range(offset, total_len_writable(into))?;
+        if patience == Patience::Waits && self.is_direct() {
+            return self.read_places(offset, into, batch).map(|()| true);
+        }
         let mut sources = Sources::default();
         let mut at = offset;
         for buffer in into {
@@ -180,13 +203,12 @@ impl<S: Storage> Volume<S> {
         offset: u64,
         into: &[Writable<'m>],
         batch: &mut Batch,
-    ) -> Result<SmallVec<[Place<'m>; 4]>, Error> {
+    ) -> Result<Places<Writable<'m>>, Error> {
         let len = total_len_writable(into);
         self.check_range(offset, len)?;
-        let mut places = SmallVec::<[Place<'m>; 4]>::new();
+        let mut places = Places::new();
         let mut sources = Sources::default();
-        let mut rest = into.iter().copied();
-        let mut current = None::<Writable<'m>>;
+        let mut into = Split::new(into);
         let (mut at, end) = (offset, offset + len);
         while at < end {
             let (source, len) = self.run_at(at, end - at)?;
@@ -206,28 +228,9 @@ impl<S: Storage> Volume<S> {
             let mut done = 0;
             while done < len {
                 // The buffers are as long as the range that is split here.
-                let Some(buffer) = current.take().filter(|buffer| !buffer.is_empty()).or_else(|| rest.next()) else {
-                    break;
-                };
-                let limit = (if done < held { held } else { len }) - done;
-                let part = buffer.part(0, limit as usize);
-                current = Some(buffer.part(part.len(), usize::MAX));
+                let Some(part) = into.take((if done < held { held } else { len }) - done) else { break };
                 match file {
-                    Some(file) if done < held && !part.is_empty() => {
-                        let place_offset = file_offset + done;
-                        match places.last_mut() {
-                            Some(last) if last.file == file && last.offset + last.len == place_offset => {
-                                last.len += part.len() as u64;
-                                last.into.push(part);
-                            }
-                            _ => places.push(Place {
-                                file,
-                                offset: place_offset,
-                                len: part.len() as u64,
-                                into: SmallVec::from_slice(&[part]),
-                            }),
-                        }
-                    }
+                    Some(file) if done < held => add_to(&mut places, file, file_offset + done, part),
                     _ => part.fill_zero()?,
                 }
                 done += part.len() as u64;
@@ -236,6 +239,28 @@ impl<S: Storage> Volume<S> {
         }
         batch.sources.add(&sources);
         Ok(places)
+    }
+
+    /// As [`Volume::read_in_batch`], with as few calls as there are places: each of them waits for the disk.
+    fn read_places(&self, offset: u64, into: &[Writable<'_>], batch: &mut Batch) -> Result<(), Error> {
+        for Place { file, mut offset, buffers, .. } in self.places(offset, into, batch)? {
+            match (file, &self.delta) {
+                (VolumeFile::Delta, Some(delta)) => delta.read_data(&buffers, offset)?,
+                _ => {
+                    for buffer in buffers {
+                        self.base.read(buffer, offset, Patience::Waits)?;
+                        offset += buffer.len() as u64;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether what the delta holds is never in memory, so that reading and writing it always waits for the disk.
+    #[inline]
+    pub fn is_direct(&self) -> bool {
+        self.delta.as_ref().is_some_and(|delta| delta.storage().is_direct())
     }
 
     /// Notes that a file has been read there, and whether it was in memory already.
@@ -288,21 +313,15 @@ impl<S: Storage> Volume<S> {
             return if len == 0 { Ok(()) } else { self.write_in_stretch(delta, offset, len, from, batch) };
         }
         let (mut at, end) = (offset, offset + len);
-        let mut rest = from.iter().copied();
-        let mut current = Readable::zeros(0);
+        let mut from = Split::new(from);
         while at < end {
             let piece_end = (at / stretch_bytes + 1).saturating_mul(stretch_bytes).min(end);
             let mut pieces = Pieces::new();
-            let mut missing = (piece_end - at) as usize;
+            let mut missing = piece_end - at;
             while missing > 0 {
-                if current.is_empty() {
-                    // There is a next one: the buffers are as long as the range that is split here.
-                    let Some(next) = rest.next() else { break };
-                    current = next;
-                }
-                let piece = current.part(0, missing);
-                current = current.part(piece.len(), usize::MAX);
-                missing -= piece.len();
+                // There is one: the buffers are as long as the range that is split here.
+                let Some(piece) = from.take(missing) else { break };
+                missing -= piece.len() as u64;
                 pieces.push(piece);
             }
             self.write_in_stretch(delta, at, piece_end - at, &pieces, batch)?;
@@ -325,7 +344,7 @@ impl<S: Storage> Volume<S> {
         if (first..=last).all(|cluster| delta.state(cluster) == State::Delta) {
             return delta.write(from, offset);
         }
-        let _exclusive = self.exclude(first);
+        let _exclusive = self.exclusion(first).take();
         let (ahead, behind) = (cluster.offset_within(offset), cluster.start_of(last + 1) - (offset + len));
         let (fill_ahead, fill_behind) =
             (ahead > 0 && !is_held(delta.state(first)), behind > 0 && !is_held(delta.state(last)));
@@ -373,10 +392,15 @@ impl<S: Storage> Volume<S> {
         first / CLUSTERS_PER_STRETCH == last / CLUSTERS_PER_STRETCH && (first..=last).all(is_held)
     }
 
-    /// Takes the exclusion of a cluster's stretch.
-    fn exclude(&self, cluster: u64) -> std::sync::MutexGuard<'_, ()> {
+    /// The exclusion of a cluster's stretch.
+    pub(super) fn exclusion(&self, cluster: u64) -> &Exclusion {
         let stretch = (cluster / CLUSTERS_PER_STRETCH) as usize;
-        self.exclusions[stretch % EXCLUSIONS].lock().expect("no holder of this lock panics")
+        &self.exclusions[stretch % EXCLUSIONS]
+    }
+
+    /// The delta, if there is one.
+    pub(super) fn delta(&self) -> Option<&Delta<S>> {
+        self.delta.as_ref()
     }
 
     /// Makes `len` bytes at `offset` zero; with `give_back`, whole clusters also give their space back.
@@ -423,7 +447,7 @@ impl<S: Storage> Volume<S> {
                 State::Base => cluster >= below_end,
                 State::Delta | State::Fresh => false,
             };
-            let exclusive = self.exclude(first);
+            let exclusive = self.exclusion(first).take();
             if !(first..stop).all(is_zero) {
                 delta.zero(first, stop - first, give_back)?;
             }
@@ -524,7 +548,7 @@ impl Volume<FileStorage> {
     pub fn file(&self, which: VolumeFile) -> Option<&File> {
         match which {
             VolumeFile::Base => self.base.file(),
-            VolumeFile::Delta => self.delta.as_ref().map(|delta| delta.storage().file()),
+            VolumeFile::Delta => self.delta.as_ref().map(|delta| delta.storage().data_file()),
         }
     }
 }

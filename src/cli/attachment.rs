@@ -3,6 +3,7 @@
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
+use crate::block::DeltaCache;
 use crate::daemon::api::types::{Attachment as AttachmentAnswer, Owner, Role, Vm as VmAnswer};
 
 use super::Outcome;
@@ -40,6 +41,10 @@ pub struct Attach {
     /// The VMM loads the guest's kernel itself, with no firmware: every driver that starts from nothing is then a boot
     #[arg(long)]
     kernel_from_vmm: bool,
+    /// By what the delta's data goes to the disk: through the host's page cache (writeback), or past it (direct), for guests that have
+    /// caches of their own (writeback)
+    #[arg(long, value_name = "WAY")]
+    delta_cache: Option<DeltaCache>,
     /// Give the socket to another user, as whom the VMM runs: a name such as libvirt-qemu, or UID:GID
     #[arg(long, value_name = "USER")]
     owner: Option<String>,
@@ -129,6 +134,7 @@ impl Attach {
             "role": role,
             "queues": self.queues,
             "kernel_from_vmm": self.kernel_from_vmm,
+            "delta_cache": self.delta_cache,
         });
         let answer: Value = client.post("/v1/attachments", Some(request))?;
         self.asking.show(answer, |attachment: AttachmentAnswer| match self.print {
@@ -258,6 +264,7 @@ fn show_text(attachment: AttachmentAnswer) -> String {
         ("socket", attachment.socket),
         ("size", size(attachment.bytes)),
         ("read-only", if attachment.read_only { "yes" } else { "no" }.to_owned()),
+        ("delta cache", attachment.delta_cache.map_or("-".to_owned(), |cache| cache.to_string())),
         ("image", image_or_dash(&attachment.image)),
         ("next boot", image_or_dash(&attachment.staged)),
         ("previous", image_or_dash(&attachment.previous)),
@@ -292,7 +299,7 @@ mod tests {
     fn lines_name_the_socket_and_share_memory() {
         let attachment: AttachmentAnswer = serde_json::from_value(json!({
             "volume": "a.b", "vm": "v", "role": null, "serial": "os", "socket": "/run/pando/vm/v/a.b.sock", "read_only": true,
-            "bytes": 1, "image": null, "staged": null, "previous": null, "state": "running", "error": null, "connected": false,
+            "delta_cache": null, "bytes": 1, "image": null, "staged": null, "previous": null, "state": "running", "error": null, "connected": false,
             "process": 1, "restarts": 0, "attached_at": 0, "attached_by": "uid:0",
         }))
         .unwrap();

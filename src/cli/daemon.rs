@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use crate::daemon::{self, Manner, Options, Places, UidRange};
 use crate::vhost_user::polling::{POLL_DEFAULT, POLL_MAX};
-use crate::vhost_user::reads::Io;
+use crate::vhost_user::transfers::Io;
 
 use super::Outcome;
 use super::serve::backend_program;
@@ -35,7 +35,7 @@ pub struct Daemon {
     #[arg(long, value_name = "N", default_value_t = POLL_DEFAULT.as_micros() as u64,
         value_parser = clap::value_parser!(u64).range(..=POLL_MAX.as_micros() as u64))]
     poll_us: u64,
-    /// By what backends read what is not in memory: io_uring, threads, or auto, which is io_uring where the host has it and allows it
+    /// By what backends wait for the disk: io_uring, threads, or auto, which is io_uring where the host has it and allows it
     #[arg(long, value_name = "WAY", default_value_t)]
     io: Io,
     /// For debugging: backends without a sandbox, so that a guest that takes one over can do all that the daemon's user can

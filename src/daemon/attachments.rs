@@ -6,6 +6,7 @@
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
+use crate::block::DeltaCache;
 use crate::digest::Digest;
 use crate::sys::process;
 
@@ -60,6 +61,7 @@ impl Host {
             serial: row.serial.clone(),
             socket: self.places.front_end_socket(&row.vm, &row.volume).display().to_string(),
             read_only: row.read_only,
+            delta_cache: (!row.read_only).then_some(row.delta_cache),
             bytes: live.as_ref().map_or(0, |live| live.bytes),
             image: image_ref_of(facts, row.image)?,
             staged: image_ref_of(facts, row.staged)?,
@@ -197,6 +199,14 @@ impl Host {
             return Err(Error::InUse { object: format!("volume {name}"), users, remedy });
         }
         facts.place(vm, name, &request.role, volume.is_writable())?;
+        let delta_cache = request.delta_cache.unwrap_or_default();
+        if delta_cache == DeltaCache::Direct && !volume.is_writable() {
+            return Err(Error::Invalid {
+                field: "delta_cache",
+                found: delta_cache.to_string(),
+                expected: "none: a 'read-only' volume has no delta".to_owned(),
+            });
+        }
         let image = if volume.stays() { volume.image } else { desired(facts, &volume, Some(vm))? };
         image.map(|image| usable_image(facts, image)).transpose()?;
         let id = facts.insert_attachment(&NewAttachment {
@@ -207,6 +217,7 @@ impl Host {
             read_only: !volume.is_writable(),
             queues,
             kernel_from_vmm: request.kernel_from_vmm,
+            delta_cache,
             image,
             owner: owner_for(call, request)?,
             by: call.caller().principal(),
@@ -251,7 +262,7 @@ impl Host {
             name: format!("{}/{}", row.vm, row.volume),
             socket,
             control: self.places.control_socket(id),
-            part: self.part(row.image, delta.as_ref(), &row.serial)?,
+            part: self.part(row.image, delta.as_ref(), &row)?,
             queues: row.queues,
             hold_ms: volume.hold_ms,
             resumed,
@@ -309,7 +320,7 @@ impl Host {
     }
 
     /// What a backend is to serve, as open files.
-    fn part(&self, image: Option<Digest>, delta: Option<&DeltaRow>, serial: &str) -> Result<Part, Error> {
+    fn part(&self, image: Option<Digest>, delta: Option<&DeltaRow>, row: &AttachmentRow) -> Result<Part, Error> {
         let tag = tag_of(image, delta);
         let base = match image {
             Some(digest) => Some(self.backends.image(digest, || {
@@ -319,10 +330,10 @@ impl Host {
             None => None,
         };
         let delta = match delta {
-            Some(delta) => Some((self.open_delta(delta)?, self.delta_path(delta).display().to_string())),
+            Some(delta) => Some(self.open_delta(delta, row.delta_cache)?),
             None => None,
         };
-        Ok(Part { tag, image, base, delta, serial: serial.to_owned() })
+        Ok(Part { tag, image, base, delta, serial: row.serial.clone() })
     }
 
     /// Lets an attachment's owner, and nobody else but root, connect to it.
@@ -429,7 +440,7 @@ impl Host {
             self.catalog.change(|facts| facts.set_delta_state(delta.id, DeltaState::Doomed))?;
             return Err(error);
         }
-        let part = self.part(Some(image), delta.as_ref(), &row.serial)?;
+        let part = self.part(Some(image), delta.as_ref(), row)?;
         // Noted first: a backend that switches at once is understood then.
         self.catalog.change(|facts| {
             for old in facts.deltas(&volume.name)?.iter().filter(|old| old.state == DeltaState::Staged) {

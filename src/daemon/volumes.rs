@@ -3,14 +3,15 @@
 //! A delta's file is made after its row and removed before it, so a daemon that dies leaves rows that say what to finish or undo
 //! ([`super::reconcile`]), and never a file that nobody knows.
 
-use std::fs::File;
 use std::path::PathBuf;
 
+use crate::block::DeltaCache;
 use crate::block::delta::header::BaseIdentity;
 use crate::block::delta::open::{self, NewDelta};
 use crate::block::delta::{grow, layout::Layout};
 use crate::digest::Digest;
 use crate::units::{ClusterSize, is_whole_sectors};
+use crate::vhost_user::attachment::AttachedDelta;
 use crate::vhost_user::attachment::HOLD_DEFAULT;
 
 use super::Host;
@@ -379,7 +380,7 @@ impl Host {
     }
 
     /// Opens and locks a delta, and sees that it is for its image.
-    pub fn open_delta(&self, delta: &DeltaRow) -> Result<File, Error> {
+    pub fn open_delta(&self, delta: &DeltaRow, cache: DeltaCache) -> Result<AttachedDelta, Error> {
         let path = self.delta_path(delta);
         let label = path.display().to_string();
         let (file, header) = open::open_locked(&path)?;
@@ -392,7 +393,11 @@ impl Host {
         };
         open::check_matches(&header, &label, base, None)?;
         open::check_length(&file, &header, &label)?;
-        Ok(file)
+        let delta = AttachedDelta { file, direct: None, label, ephemeral: false };
+        Ok(match cache {
+            DeltaCache::Writeback => delta,
+            DeltaCache::Direct => delta.past_page_cache(true)?,
+        })
     }
 
     /// Removes the files of a volume's deltas that are to go, and then their rows.

@@ -64,6 +64,11 @@ impl<'m> Readable<'m> {
         self.len() == 0
     }
 
+    /// Whether it begins and ends at multiples of `block`.
+    pub fn is_aligned(&self, block: usize) -> bool {
+        self.raw.iov_base.addr().is_multiple_of(block) && self.len().is_multiple_of(block)
+    }
+
     /// The bytes from `start` (at most the length), `len` of them at most.
     pub fn part(&self, start: usize, len: usize) -> Readable<'m> {
         let start = start.min(self.len());
@@ -122,6 +127,11 @@ impl<'m> Writable<'m> {
         self.len() == 0
     }
 
+    /// Whether it begins and ends at multiples of `block`.
+    pub fn is_aligned(&self, block: usize) -> bool {
+        self.raw.iov_base.addr().is_multiple_of(block) && self.len().is_multiple_of(block)
+    }
+
     /// The bytes from `start` (at most the length), `len` of them at most.
     pub fn part(&self, start: usize, len: usize) -> Writable<'m> {
         let start = start.min(self.len());
@@ -151,15 +161,83 @@ impl<'m> Writable<'m> {
         unsafe { guard::fill_zero(self.raw.iov_base.cast::<u8>(), self.len()) }
     }
 
-    /// Where it lies in this process, and how long it is.
-    pub(super) fn as_raw(&self) -> libc::iovec {
-        self.raw
-    }
-
     /// The same memory, to look at what is in it.
     pub(super) fn as_readable(&self) -> Readable<'m> {
         // SAFETY: what may be written may be read: guest memory is mapped for both, and a unique borrow is too.
         unsafe { Readable::new(self.raw.iov_base.cast::<u8>(), self.len()) }
+    }
+}
+
+/// Either of the two.
+pub(crate) trait Buffer: Copy {
+    /// Length in bytes.
+    fn len(&self) -> usize;
+    /// The bytes from `start` (at most the length), `len` of them at most.
+    fn part(&self, start: usize, len: usize) -> Self;
+    /// The same memory, to look at what is in it.
+    fn as_readable(&self) -> Readable<'_>;
+    /// Where it lies in this process, and how long it is.
+    fn as_raw(&self) -> libc::iovec {
+        self.as_readable().raw
+    }
+}
+
+impl Buffer for Readable<'_> {
+    #[inline]
+    fn len(&self) -> usize {
+        Readable::len(self)
+    }
+
+    #[inline]
+    fn part(&self, start: usize, len: usize) -> Self {
+        Readable::part(self, start, len)
+    }
+
+    fn as_readable(&self) -> Readable<'_> {
+        *self
+    }
+}
+
+impl Buffer for Writable<'_> {
+    #[inline]
+    fn len(&self) -> usize {
+        Writable::len(self)
+    }
+
+    #[inline]
+    fn part(&self, start: usize, len: usize) -> Self {
+        Writable::part(self, start, len)
+    }
+
+    fn as_readable(&self) -> Readable<'_> {
+        Writable::as_readable(self)
+    }
+}
+
+/// Some buffers, one after another, from which pieces are taken.
+pub(crate) struct Split<'b, B> {
+    rest: &'b [B],
+    /// How much of the first is gone.
+    taken: usize,
+}
+
+impl<'b, B: Buffer> Split<'b, B> {
+    /// All of it.
+    pub fn new(buffers: &'b [B]) -> Split<'b, B> {
+        Split { rest: buffers, taken: 0 }
+    }
+
+    /// The next bytes that lie together, at most `limit`, which is not zero. None when there are no more.
+    pub fn take(&mut self, limit: u64) -> Option<B> {
+        loop {
+            let (first, rest) = self.rest.split_first()?;
+            if self.taken < first.len() {
+                let piece = first.part(self.taken, limit.min(usize::MAX as u64) as usize);
+                self.taken += piece.len();
+                return Some(piece);
+            }
+            (self.rest, self.taken) = (rest, 0);
+        }
     }
 }
 
@@ -171,4 +249,26 @@ pub fn total_len_readable(buffers: &[Readable<'_>]) -> u64 {
 /// The total length of some buffers, in bytes.
 pub fn total_len_writable(buffers: &[Writable<'_>]) -> u64 {
     buffers.iter().map(|buffer| buffer.len() as u64).sum()
+}
+
+/// Copies the bytes of some buffers, one after another, to `to`: from byte `start` of them on, as many as both have.
+pub fn gather(from: &[Readable<'_>], mut start: u64, to: &mut [u8]) -> Result<(), Fault> {
+    let mut done = 0;
+    for buffer in from {
+        let skipped = start.min(buffer.len() as u64);
+        start -= skipped;
+        done += buffer.part(skipped as usize, usize::MAX).copy_to_slice(&mut to[done..])?;
+    }
+    Ok(())
+}
+
+/// The other way.
+pub fn scatter(from: &[u8], to: &[Writable<'_>], mut start: u64) -> Result<(), Fault> {
+    let mut done = 0;
+    for buffer in to {
+        let skipped = start.min(buffer.len() as u64);
+        start -= skipped;
+        done += buffer.part(skipped as usize, usize::MAX).copy_from_slice(&from[done..])?;
+    }
+    Ok(())
 }

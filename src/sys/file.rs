@@ -7,9 +7,9 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 
-use super::buffers::{Readable, Writable};
+use super::buffers::{Buffer, Readable, Writable, total_len_readable};
 use super::guard::Fault;
 
 /// As many buffers as one system call takes.
@@ -17,18 +17,26 @@ const BUFFERS_MAX: usize = libc::UIO_MAXIOV as usize;
 
 /// Reads the bytes at `offset` into `into`, all of it; what lies past the end of the file reads as zeros.
 pub fn read_at(file: &File, into: Writable<'_>, offset: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < into.len() {
-        let rest = into.part(done, usize::MAX);
-        // SAFETY: one `Writable`, laid out as an iovec and writable for its length.
-        let count = unsafe { libc::preadv(file.as_raw_fd(), (&raw const rest).cast(), 1, to_off(offset, done)?) };
-        match count {
-            0 => return rest.fill_zero().map_err(io::Error::other),
-            count if count > 0 => done += count as usize,
-            _ => retry_interrupted().map_err(|error| with_fault(error, &[rest.as_readable()]))?,
-        }
+    read_all_at(file, &[into], offset)
+}
+
+/// As [`read_at`], into some buffers, one after another.
+pub fn read_all_at(file: &File, into: &[Writable<'_>], offset: u64) -> io::Result<()> {
+    let mut done = read_to_end_at(file, into, offset)?;
+    for buffer in into {
+        let filled = done.min(buffer.len() as u64);
+        done -= filled;
+        buffer.part(filled as usize, usize::MAX).fill_zero().map_err(io::Error::other)?;
     }
     Ok(())
+}
+
+/// As [`read_all_at`], of what the file has: says how many bytes these were.
+pub fn read_to_end_at(file: &File, into: &[Writable<'_>], offset: u64) -> io::Result<u64> {
+    move_all(into, offset, |buffers, at| {
+        // SAFETY: a slice of `Writable`, each laid out as an iovec and writable for its length; at most `BUFFERS_MAX`.
+        unsafe { libc::preadv(file.as_raw_fd(), buffers.as_ptr().cast(), buffers.len() as i32, at) }
+    })
 }
 
 /// Reads bytes at `offset` by one system call, and says how many.
@@ -50,45 +58,48 @@ fn read_flagged(file: &File, into: Writable<'_>, offset: u64, flags: i32) -> io:
 }
 
 /// Writes the bytes of `from`, one buffer after another, at `offset`.
-pub fn write_at(file: &File, from: &[Readable<'_>], mut offset: u64) -> io::Result<()> {
-    for mut from in from.chunks(BUFFERS_MAX) {
-        // How much of the first buffer a short write has already taken.
+pub fn write_at(file: &File, from: &[Readable<'_>], offset: u64) -> io::Result<()> {
+    let done = move_all(from, offset, |buffers, at| {
+        // SAFETY: a slice of `Readable`, each laid out as an iovec and readable for its length; at most `BUFFERS_MAX`.
+        unsafe { libc::pwritev(file.as_raw_fd(), buffers.as_ptr().cast(), buffers.len() as i32, at) }
+    })?;
+    if done < total_len_readable(from) { Err(io::ErrorKind::WriteZero.into()) } else { Ok(()) }
+}
+
+/// Has `call` move the bytes of some buffers, one after another, between them and a file from `offset` on, as often as it takes; how many it has moved when it first moves
+/// none. It is given `BUFFERS_MAX` buffers at most, and an error of it is the system's last.
+#[inline]
+fn move_all<B: Buffer>(buffers: &[B], mut offset: u64, call: impl Fn(&[B], libc::off_t) -> isize) -> io::Result<u64> {
+    let start = offset;
+    for mut buffers in buffers.chunks(BUFFERS_MAX) {
+        // How much of the first buffer a short call has already moved.
         let mut taken = 0;
-        while let Some(first) = from.first() {
+        while let Some(first) = buffers.first() {
             if taken == first.len() {
-                from = &from[1..];
+                buffers = &buffers[1..];
                 taken = 0;
                 continue;
             }
             let at = to_off(offset, 0)?;
-            let count = if taken == 0 {
-                pwritev(file.as_raw_fd(), from, at)
-            } else {
-                pwritev(file.as_raw_fd(), std::slice::from_ref(&first.part(taken, usize::MAX)), at)
-            };
+            let count = if taken == 0 { call(buffers, at) } else { call(&[first.part(taken, usize::MAX)], at) };
             let mut count = match count {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
+                0 => return Ok(offset - start),
                 count if count > 0 => count as usize,
                 _ => {
-                    retry_interrupted().map_err(|error| with_fault(error, from))?;
+                    retry_interrupted().map_err(|error| with_fault(error, buffers))?;
                     continue;
                 }
             };
             offset += count as u64;
             count += taken;
-            while let Some(first) = from.first().filter(|first| first.len() <= count) {
+            while let Some(first) = buffers.first().filter(|first| first.len() <= count) {
                 count -= first.len();
-                from = &from[1..];
+                buffers = &buffers[1..];
             }
             taken = count;
         }
     }
-    Ok(())
-}
-
-fn pwritev(fd: RawFd, from: &[Readable<'_>], offset: libc::off_t) -> isize {
-    // SAFETY: a slice of `Readable`, each laid out as an iovec and readable for its length; at most `BUFFERS_MAX`.
-    unsafe { libc::pwritev(fd, from.as_ptr().cast(), from.len() as i32, offset) }
+    Ok(offset - start)
 }
 
 fn to_off(offset: u64, further: usize) -> io::Result<libc::off_t> {
@@ -108,13 +119,15 @@ fn retry_interrupted() -> io::Result<()> {
 
 /// The kernel says that memory cannot be accessed, and not which: then this does.
 #[cold]
-fn with_fault(error: io::Error, memory: &[Readable<'_>]) -> io::Error {
+fn with_fault(error: io::Error, memory: &[impl Buffer]) -> io::Error {
     if error.raw_os_error() != Some(libc::EFAULT) {
         return error;
     }
+    let mut memory = memory.iter().map(Buffer::as_readable);
+    let Some(first) = memory.next() else { return error };
+    let found = first.find_fault().or_else(|| memory.find_map(|buffer| buffer.find_fault()));
     // None is found in memory that can be read and not written, for which there is no room.
-    let first = || memory.first().map(|first| Fault { address: first.address() });
-    memory.iter().find_map(Readable::find_fault).or_else(first).map_or(error, io::Error::other)
+    io::Error::other(found.unwrap_or(Fault { address: first.address() }))
 }
 
 /// How many bytes a file has. As [`File::metadata`] says, without a system call that also takes paths.
@@ -181,6 +194,13 @@ pub fn lock_holder(file: &File) -> Option<u32> {
         let process = fields.nth(2)?;
         (kind == "FLOCK" && fields.next()? == wanted).then(|| process.parse().ok().filter(|process| *process != 0))?
     })
+}
+
+/// Opens the file that `file` is once more, to be read and written past the page cache (`O_DIRECT`). An error where the file system cannot do that.
+pub fn reopen_direct(file: &File) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(own)
 }
 
 /// Opens a file that has no name in `directory` and is gone when its last descriptor is closed.

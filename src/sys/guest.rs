@@ -16,7 +16,7 @@ use rustix::fs::FileType;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::buffers::{Readable, Writable};
+use super::buffers::{Buffer, Readable, Writable};
 use super::guard::{self, Fault};
 
 /// Where a region of guest memory lies: for the guest, for the front end, and in the file that holds it.
@@ -172,7 +172,7 @@ impl GuestMemory {
     }
 
     /// Whether a buffer lies within one of the regions.
-    pub(super) fn holds(&self, buffer: &Writable<'_>) -> bool {
+    pub(super) fn holds(&self, buffer: &impl Buffer) -> bool {
         let start = buffer.as_raw().iov_base.addr();
         self.regions.iter().any(|region| {
             let within = start.wrapping_sub(region.host.addr()) as u64;

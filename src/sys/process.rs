@@ -319,8 +319,7 @@ pub fn note_boot_id(id: [u8; 16]) {
     BOOT_ID.get_or_init(|| id);
 }
 
-/// Keeps the C library's allocator from asking how many processors there are, for which it may open a file, when threads
-/// come to use it.
+/// Keeps the C library's allocator from opening files when threads use it: to find out how many processors there are, and whether memory that is given back is.
 pub fn settle_allocator() {
     /// Threads that may allocate at the same time without waiting for each other.
     #[cfg(target_env = "gnu")]
@@ -329,6 +328,7 @@ pub fn settle_allocator() {
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, ARENAS);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
     }
 }
 

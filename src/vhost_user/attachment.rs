@@ -7,8 +7,12 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use crate::block::delta::{OpenError, open};
+
+use super::conversation::{ConversationError, Descriptors};
 use super::device::SERIAL_BYTES;
-use super::handover::{DeltaState, HandoverError, Keeping, PartState};
+use super::handover::{DeltaState, HandoverError, Keeping, Kept, PartState};
+use super::order::DeltaOrder;
 use super::service::Equipment;
 
 /// What to serve, and where.
@@ -42,14 +46,17 @@ pub struct Part {
 }
 
 impl Part {
+    /// Whether there is a delta whose data goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.delta.as_ref().is_some_and(|delta| delta.direct.is_some())
+    }
+
     /// Its files, in the order in which messages have them.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let base = self.base.as_ref().map(AsFd::as_fd);
-        base.into_iter().chain(self.delta.as_ref().map(|delta| delta.file.as_fd()))
+        base.into_iter().chain(self.delta.iter().flat_map(AttachedDelta::descriptors))
     }
-}
 
-impl Part {
     /// What another program needs to know of it.
     pub fn freeze(&self, keeping: &mut Keeping) -> PartState {
         PartState {
@@ -64,11 +71,17 @@ impl Part {
         }
     }
 
+    /// What earlier versions of that do not have.
+    pub fn freeze_direct(&self, keeping: &mut Keeping) -> Option<Kept> {
+        self.delta.as_ref()?.direct.as_ref().map(|direct| keeping.keep(direct))
+    }
+
     /// The same in that program.
-    pub fn thaw(state: PartState) -> Result<Part, HandoverError> {
+    pub fn thaw(state: PartState, direct: Option<Kept>) -> Result<Part, HandoverError> {
+        let direct = direct.map(Kept::take).transpose()?.map(File::from);
         let delta = match state.delta {
             Some(DeltaState { file, label, ephemeral }) => {
-                Some(AttachedDelta { file: file.take()?.into(), label, ephemeral })
+                Some(AttachedDelta { file: file.take()?.into(), direct, label, ephemeral })
             }
             None => None,
         };
@@ -98,6 +111,8 @@ impl AsFd for AttachedBase {
 pub struct AttachedDelta {
     /// The file.
     pub file: File,
+    /// The same file, opened for its data to go past the page cache, if that is to be.
+    pub direct: Option<File>,
     /// What to call it in messages.
     pub label: String,
     /// Whether it goes with the backend: it has no name, and nothing in it is made durable.
@@ -105,6 +120,38 @@ pub struct AttachedDelta {
 }
 
 impl AttachedDelta {
+    /// Its files, in the order in which messages have them.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [Some(&self.file), self.direct.as_ref()].into_iter().flatten().map(AsFd::as_fd)
+    }
+
+    /// Which of them has the lock.
+    pub fn locked(&self) -> &File {
+        self.direct.as_ref().unwrap_or(&self.file)
+    }
+
+    /// What to say of it, beside its files.
+    pub fn order(&self) -> DeltaOrder {
+        DeltaOrder { label: self.label.clone(), ephemeral: self.ephemeral }
+    }
+
+    /// The delta that a message says and came with.
+    pub fn receive(
+        order: DeltaOrder,
+        direct: bool,
+        descriptors: &mut Descriptors,
+    ) -> Result<AttachedDelta, ConversationError> {
+        let DeltaOrder { label, ephemeral } = order;
+        let file = descriptors.take()?.into();
+        Ok(AttachedDelta { file, direct: descriptors.take_if(direct)?.map(File::from), label, ephemeral })
+    }
+
+    /// The same, with its data to go past the page cache. Its lock, if it has it, goes along.
+    pub fn past_page_cache(self, is_locked: bool) -> Result<AttachedDelta, OpenError> {
+        let direct = open::open_direct(&self.file, &self.label, is_locked)?;
+        Ok(AttachedDelta { direct: Some(direct), ..self })
+    }
+
     /// Whether both are of one file.
     pub fn is_same_file(&self, other: &AttachedDelta) -> bool {
         let identity = |delta: &AttachedDelta| delta.file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));

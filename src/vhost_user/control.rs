@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::sys::socket::PacketListener;
 
+use super::attachment::{AttachedBase, AttachedDelta, Part};
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::device::SERIAL_BYTES;
 use super::order::DeltaOrder;
@@ -74,6 +75,9 @@ pub struct VolumeSpec {
     pub delta: Option<DeltaOrder>,
     /// What GET_ID answers; `None`: made of the delta's UUID.
     pub serial: Option<[u8; SERIAL_BYTES]>,
+    /// Whether another descriptor comes behind the delta's, by which its data goes past the page cache. The last: keepers that know nothing of it read a message without that as
+    /// they always have.
+    pub direct: bool,
 }
 
 /// What a keeper says.
@@ -212,17 +216,9 @@ impl Controllers {
 }
 
 /// The files of a volume that a message came with.
-pub fn take_volume(
-    spec: VolumeSpec,
-    descriptors: &mut Descriptors,
-) -> Result<super::attachment::Part, ConversationError> {
+pub fn take_volume(spec: VolumeSpec, descriptors: &mut Descriptors) -> Result<Part, ConversationError> {
     let base = descriptors.take_if(spec.base.is_some())?.map(File::from);
-    let base = spec.base.zip(base).map(|(label, file)| super::attachment::AttachedBase { file, label });
-    let delta = descriptors.take_if(spec.delta.is_some())?.map(File::from);
-    let delta = spec.delta.zip(delta).map(|(order, file)| super::attachment::AttachedDelta {
-        file,
-        label: order.label,
-        ephemeral: order.ephemeral,
-    });
-    Ok(super::attachment::Part { tag: spec.tag, base, delta, serial: spec.serial })
+    let base = spec.base.zip(base).map(|(label, file)| AttachedBase { file, label });
+    let delta = spec.delta.map(|order| AttachedDelta::receive(order, spec.direct, descriptors)).transpose()?;
+    Ok(Part { tag: spec.tag, base, delta, serial: spec.serial })
 }

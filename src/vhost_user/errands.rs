@@ -1,5 +1,5 @@
-//! [`Errands`]: requests that have to wait for the disk, carried out by threads that may, so that a queue never does: flushes, and reads where
-//! [`super::reads`] cannot have the kernel do them.
+//! [`Errands`]: requests that have to wait for the disk, carried out by threads that may, so that a queue never does: flushes, reads where
+//! [`super::transfers`] cannot have the kernel do them, and writes past the page cache.
 //!
 //! A queue hands over the head of a request, and nothing of what it has read of it: the thread reads the chain and carries the request out from its start,
 //! as the successor of a dead worker would. All queues share the threads. There are none until there is something to wait for, never more than
@@ -23,6 +23,8 @@ use super::counters::Kind;
 use super::device::Device;
 use super::request::{self, Errand, Manner, RequestError, Status};
 use super::ring::{Chain, Table};
+#[cfg(not(fuzzing))]
+use super::steps::{self, Step};
 
 /// As many requests wait for the disk at once.
 const THREADS_MAX: usize = 32;
@@ -144,6 +146,8 @@ pub struct Done {
     pub bytes: u64,
     /// Bytes of data that were written to the guest's memory, with the status.
     pub written: u32,
+    /// Whether it wrote to the volume.
+    pub wrote: bool,
     /// Where bytes that were read came from.
     pub sources: Sources,
     /// What went wrong, if anything did.
@@ -236,7 +240,7 @@ impl Errands {
             }
         }
         match errand {
-            Errand::Read => state.waiting.push_back(job),
+            Errand::Read | Errand::Write => state.waiting.push_back(job),
             Errand::Flush => {
                 state.flushes.push(job);
                 if state.awaits > 0 {
@@ -322,6 +326,7 @@ impl Shared {
             kind: Kind::Other,
             bytes: 0,
             written: 0,
+            wrote: false,
             sources: Sources::default(),
             error: None,
             fault: None,
@@ -337,8 +342,14 @@ impl Shared {
             return done;
         }
         let mut batch = Batch::default();
-        let outcome =
+        let mut outcome =
             request::execute(&mut chain, memory, &self.volume, &self.device.description().serial, &mut batch, manner);
+        if outcome.wrote && outcome.result.is_ok() {
+            // Where death is an unwinding, it is one of a queue's thread.
+            #[cfg(not(fuzzing))]
+            steps::reach(Step::Executed);
+            outcome.result = self.volume.commit(&mut batch).map_err(RequestError::from);
+        }
         let status = outcome.result.as_ref().map_or_else(RequestError::status, |()| Status::Ok);
         if status == Status::Ok {
             done.written = outcome.data_bytes;
@@ -347,7 +358,7 @@ impl Shared {
             Ok(bytes) => done.written += bytes as u32,
             Err(fault) => done.fault = Some(fault),
         }
-        (done.kind, done.bytes) = (outcome.kind, outcome.bytes);
+        (done.kind, done.bytes, done.wrote) = (outcome.kind, outcome.bytes, outcome.wrote);
         done.error = outcome.result.err();
         done.sources = batch.take_sources();
         if let (Some(log), Some(written)) = (log, &mut chain.written) {

@@ -33,7 +33,7 @@ pub const CHECK_ARGUMENT: &str = "--check-state";
 
 const MAGIC: [u8; 8] = *b"PANDOKPR";
 /// The version that this program writes. It reads this one and the one before.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Far above the largest: 128 regions and 256 rings.
 const BYTES_MAX: u64 = 1 << 20;
 
@@ -111,15 +111,17 @@ pub struct Further {
     pub poll_us: u64,
     /// From version 3 on. A keeper that has begun without can have none any more.
     pub rings: Option<RingsState>,
+    /// From version 4 on: the deltas of what is served and of what is staged, opened for their data to go past the page cache.
+    pub directs: (Option<Kept>, Option<Kept>),
 }
 
 impl Default for Further {
     fn default() -> Further {
-        Further { poll_us: POLL_DEFAULT.as_micros() as u64, rings: None }
+        Further { poll_us: POLL_DEFAULT.as_micros() as u64, rings: None, directs: (None, None) }
     }
 }
 
-/// By what workers read what is not in memory.
+/// By what workers have the kernel read and write meanwhile.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingsState {
     pub files: Vec<Kept>,
@@ -224,7 +226,10 @@ impl State {
         let (state, rest) = postcard::take_from_bytes(rest).map_err(HandoverError::Decode)?;
         let further = match found {
             VERSION => postcard::from_bytes(rest).map_err(HandoverError::Decode)?,
-            _ => Further { poll_us: postcard::from_bytes(rest).map_err(HandoverError::Decode)?, ..Further::default() },
+            _ => {
+                let (poll_us, rings) = postcard::from_bytes(rest).map_err(HandoverError::Decode)?;
+                Further { poll_us, rings, ..Further::default() }
+            }
         };
         Ok(State { further, ..state })
     }
@@ -291,6 +296,6 @@ mod tests {
         assert!(matches!(State::decode(b"PANDODLT\x01\0\0\0"), Err(HandoverError::Magic)));
         assert!(matches!(State::decode(b"PANDOKPR\x09\0\0\0"), Err(HandoverError::Version { found: 9 })));
         assert!(matches!(State::decode(b"PANDOKPR\x01\0\0\0"), Err(HandoverError::Version { found: 1 })));
-        assert!(matches!(State::decode(b"PANDOKPR\x02\0\0\0\xff"), Err(HandoverError::Decode(_))));
+        assert!(matches!(State::decode(b"PANDOKPR\x03\0\0\0\xff"), Err(HandoverError::Decode(_))));
     }
 }

@@ -21,10 +21,10 @@ use super::boot::History;
 use super::control::{self, Command, Controllers, Event, Reply, Said};
 use super::conversation::Conversation;
 use super::handover::{self, HandoverError, Keeping, State};
-use super::reads::Io;
 use super::sandbox;
 use super::service::{Equipment, Management, Rest, Service, WorkerError, chain_of};
 use super::session::Session;
+use super::transfers::Io;
 
 /// Bytes of a message's header, whose last four say how many follow.
 const MESSAGE_HEADER_BYTES: usize = 12;

@@ -5,7 +5,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::delta::Lifetime;
 use crate::sys::guest::RegionPlace;
 use crate::sys::socket::DESCRIPTORS_MAX;
 
@@ -49,6 +48,8 @@ pub struct VolumeOrder {
     pub base: Option<String>,
     /// The delta that comes with it.
     pub delta: Option<DeltaOrder>,
+    /// Whether another descriptor comes behind the delta's, by which its data goes past the page cache.
+    pub direct: bool,
     /// How many rings are offered.
     pub queues: u16,
     /// What GET_ID answers; `None`: the worker makes one of the delta's UUID.
@@ -60,7 +61,7 @@ pub struct VolumeOrder {
     /// How much to log.
     pub log_level: u8,
     /// Where the parts of the rings lie that the worker was started with; `None`: it has none.
-    pub read_rings: Option<Shape>,
+    pub kernel_rings: Option<Shape>,
     /// Which boot of the host this is ([`crate::sys::process::boot_id`]).
     pub boot: [u8; 16],
 }
@@ -72,13 +73,6 @@ pub struct DeltaOrder {
     pub label: String,
     /// Whether it goes with the process.
     pub ephemeral: bool,
-}
-
-impl DeltaOrder {
-    /// Whether what is written has to outlive the process.
-    pub fn lifetime(&self) -> Lifetime {
-        if self.ephemeral { Lifetime::Ephemeral } else { Lifetime::Persistent }
-    }
 }
 
 /// The guest's side. What is left out stays as it is.

@@ -121,6 +121,8 @@ pub enum Manner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Errand {
     Read,
+    /// Also what makes bytes zero.
+    Write,
     Flush,
 }
 
@@ -211,13 +213,16 @@ fn carry_out(
         Manner::AtOnce(patience) | Manner::Together(patience) => Some(patience),
         Manner::Waits | Manner::Flushed => None,
     };
-    if matches!(header.kind, virtio_blk::VIRTIO_BLK_T_DISCARD | virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES)
-        && matches!(manner, Manner::Together(_))
-    {
+    let zeroes = matches!(header.kind, virtio_blk::VIRTIO_BLK_T_DISCARD | virtio_blk::VIRTIO_BLK_T_WRITE_ZEROES);
+    if zeroes && patience.is_some() && volume.is_direct() {
+        outcome.errand = Some(Errand::Write);
+        return Ok(());
+    }
+    if zeroes && matches!(manner, Manner::Together(_)) {
         outcome.put_off = Some(PutOff::BehindWrites);
         return Ok(());
     }
-    if patience.is_none() && !matches!(header.kind, virtio_blk::VIRTIO_BLK_T_IN | virtio_blk::VIRTIO_BLK_T_FLUSH) {
+    if manner == Manner::Flushed && header.kind != virtio_blk::VIRTIO_BLK_T_FLUSH {
         return Err(RequestError::Changed);
     }
     match header.kind {

@@ -29,7 +29,7 @@ const COUNT: usize = PULSES + RINGS;
 
 /// How long a queue may take over one batch before its worker counts as dead. Storage that is slower than this has its requests
 /// given to another worker, which loses nothing: what the last one was at is waited for.
-const WEDGED_AFTER: Duration = Duration::from_secs(10);
+pub const WEDGED_AFTER: Duration = Duration::from_secs(10);
 /// How often a keeper that watches looks.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 

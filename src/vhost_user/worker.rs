@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::block::base::Base;
 use crate::block::cached;
-use crate::block::delta::{Delta, Latch, OpenError, open};
+use crate::block::delta::{Delta, Latch, Lifetime, OpenError, open};
 use crate::block::storage::FileStorage;
 use crate::block::{self, Volume};
 use crate::sys::guard;
@@ -21,6 +21,7 @@ use crate::sys::process;
 use crate::sys::socket;
 use crate::units::ClusterSize;
 
+use super::attachment::AttachedDelta;
 use super::conversation::{Conversation, ConversationError, Descriptors};
 use super::counters::Counters;
 use super::device::{self, Description, Device};
@@ -30,12 +31,12 @@ use super::inflight::{InflightError, RegionShape};
 use super::order::{Answer, LogPlace, Opened, Order, RingOrder, RingRun, RingStop, SessionOrder, VolumeOrder};
 use super::polling::Polling;
 use super::queue::{Queue, QueueLog, RunningQueue};
-use super::reads::Rings;
 use super::rest::{Repose, Rest};
 use super::ring::{self, Ring, RingError};
 use super::sandbox;
 use super::service::chain_of;
 use super::steps::{self, Step};
+use super::transfers::Rings;
 use super::vitals::{self, Vitals};
 
 /// The argument by which the program knows that it is to be a worker.
@@ -56,12 +57,14 @@ enum WorkerError {
     MapVitals(#[source] io::Error),
     #[error("cannot map the base")]
     MapBase(#[source] io::Error),
-    #[error("cannot map {label}")]
-    MapDelta {
+    #[error("cannot use {label}")]
+    UseDelta {
         label: String,
         #[source]
         source: io::Error,
     },
+    #[error("cannot wait for what the last worker has under way")]
+    Rings(#[source] io::Error),
     #[error(transparent)]
     OpenDelta(#[from] OpenError),
     #[error(transparent)]
@@ -173,7 +176,7 @@ fn carry_out(
 ) -> Result<Answer, WorkerError> {
     match (worker.as_mut(), order) {
         (None, Order::Open(order)) => {
-            let (opened, started) = Worker::open(&order, descriptors, std::mem::take(rings))?;
+            let (opened, started) = Worker::open(order, descriptors, std::mem::take(rings))?;
             *worker = Some(started);
             Ok(Answer::Opened(opened))
         }
@@ -214,8 +217,8 @@ struct Worker {
     errands: Arc<Errands>,
     /// Which of them are at rest.
     rest: Arc<Rest>,
-    /// By what queues have the kernel read meanwhile.
-    read_rings: Option<Arc<Rings>>,
+    /// By what queues have the kernel read and write meanwhile.
+    kernel_rings: Option<Arc<Rings>>,
     rings: BTreeMap<u16, RunningRing>,
 }
 
@@ -235,7 +238,7 @@ struct RingEvents {
 
 impl Worker {
     fn open(
-        order: &VolumeOrder,
+        order: VolumeOrder,
         mut descriptors: Descriptors,
         rings: Vec<OwnedFd>,
     ) -> Result<(Opened, Worker), WorkerError> {
@@ -252,19 +255,20 @@ impl Worker {
         let base = base
             .map_or_else(|| Ok(Base::empty()), |(file, label)| Base::map(&file, label))
             .map_err(WorkerError::MapBase)?;
-        let delta = descriptors.take_if(order.delta.is_some())?.map(File::from);
+        let delta =
+            order.delta.map(|delta| AttachedDelta::receive(delta, order.direct, &mut descriptors)).transpose()?;
         descriptors.finish()?;
-        let (volume, uuid) = match (&order.delta, delta) {
-            (Some(delta), Some(file)) => {
-                let label = delta.label.clone();
+        let (volume, uuid) = match delta {
+            Some(AttachedDelta { file, direct, label, ephemeral }) => {
                 let header = open::read_header(&file, &label)?;
-                let storage =
-                    FileStorage::new(file).map_err(|source| WorkerError::MapDelta { label: label.clone(), source })?;
-                let delta = Delta::start(storage, label, header, delta.lifetime())?.latching_in(latch);
+                let storage = FileStorage::with(file, direct);
+                let storage = storage.map_err(|source| WorkerError::UseDelta { label: label.clone(), source })?;
+                let lifetime = if ephemeral { Lifetime::Ephemeral } else { Lifetime::Persistent };
+                let delta = Delta::start(storage, label, header, lifetime)?.latching_in(latch);
                 let uuid = delta.uuid();
                 (Volume::cow(base, delta), uuid)
             }
-            _ => (Volume::read_only(base), [0; 16]),
+            None => (Volume::read_only(base), [0; 16]),
         };
         let serial = order.serial.unwrap_or_else(|| device::serial_of_uuid(uuid));
         let opened = Opened {
@@ -273,6 +277,11 @@ impl Worker {
             cluster_bytes: volume.cluster().bytes(),
             serial,
         };
+        let kernel_rings = order.kernel_rings.map(|shape| Rings::new(rings, shape));
+        if let Some(rings) = kernel_rings.as_ref().filter(|_| order.direct) {
+            // Else it reaches the guest's memory later, where something else is by then.
+            rings.wait_for_last().map_err(WorkerError::Rings)?;
+        }
         let (volume, device) = (Arc::new(volume), Arc::new(Device::new(opened.description(order.queues))));
         let worker = Worker {
             rest: Arc::new(Rest::new(Arc::clone(&volume))),
@@ -287,7 +296,7 @@ impl Worker {
             vitals: Arc::new(vitals),
             hold: Duration::from_millis(order.hold_ms),
             poll: Duration::from_micros(order.poll_us),
-            read_rings: order.read_rings.map(|shape| Arc::new(Rings::new(rings, shape))),
+            kernel_rings: kernel_rings.map(Arc::new),
             rings: BTreeMap::new(),
         };
         Ok((opened, worker))
@@ -388,7 +397,7 @@ impl Worker {
             hold: Hold::new(self.hold),
             polling: Polling::new(self.poll),
             errands: Arc::clone(&self.errands),
-            read_rings: self.read_rings.clone(),
+            kernel_rings: self.kernel_rings.clone(),
             repose: Repose::new(Arc::clone(&self.rest)),
             memory: Arc::clone(&self.memory),
             volume: Arc::clone(&self.volume),

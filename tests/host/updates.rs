@@ -8,7 +8,7 @@ use serde_json::json;
 use super::daemon::{Daemon, wait_until};
 use crate::session::client::{BLK_FLUSH, Client, Profile, VERSION_1};
 use crate::session::guest::Guest;
-use crate::session::harness::SECTOR;
+use crate::session::harness::{SECTOR, locked_openings};
 
 const IMAGE_BYTES: usize = 1 << 20;
 
@@ -247,6 +247,54 @@ fn a_volume_that_grows_is_as_large_on_its_next_image() {
     assert_eq!(client.capacity(), (bytes / SECTOR) as u64);
     assert_eq!(client.queues[0].read((bytes / SECTOR - 1) as u64, SECTOR), [0; SECTOR]);
     wait_until("the last delta to be gone", || daemon.delta_files().len() == 1);
+}
+
+/// By whatever process it comes to be served, and whatever delta that is by then.
+#[test]
+fn data_goes_past_the_page_cache_for_as_long_as_it_is_attached() {
+    let Setup { mut daemon, old, new } = setup(&[
+        json!({ "name": "os", "kind": "cow", "ephemeral": true, "channel": "os/stable" }),
+        json!({ "name": "image", "kind": "read-only", "channel": "os/stable" }),
+    ]);
+    let request = |volume: &str, cache: &str| json!({ "volume": volume, "vm": "vm", "delta_cache": cache });
+    let attach = |daemon: &Daemon, volume, cache| daemon.ask("POST", "/v1/attachments", Some(&request(volume, cache)));
+    let detail = attach(&daemon, "image", "direct").problem(422, "invalid");
+    assert!(detail.contains("a 'read-only' volume has no delta"), "{detail}");
+    let detail = attach(&daemon, "os", "none").problem(400, "malformed");
+    assert!(detail.contains("writeback"), "{detail}");
+    let answer = attach(&daemon, "os", "direct").ok();
+    assert_eq!(answer["delta_cache"], "direct");
+    let socket = PathBuf::from(answer["socket"].as_str().expect("a socket"));
+    let goes_past = |daemon: &Daemon| {
+        let process = daemon.attachment("vm", "os")["process"].as_u64().expect("a process") as u32;
+        locked_openings(process) == [true]
+    };
+    assert!(goes_past(&daemon));
+    {
+        let mut machine = Machine { daemon: &daemon, socket: socket.clone(), client: None };
+        machine.start(&kernel());
+        assert_eq!(machine.reads(), old);
+        daemon.set_channel("os/stable", "os-2");
+        machine.start(&firmware());
+        assert_eq!(machine.reads(), new);
+    }
+    wait_until("the last delta to be gone", || daemon.delta_files().len() == 1);
+    assert!(goes_past(&daemon), "the next image's");
+    daemon.stop();
+    daemon.start();
+    let before = daemon.attachment("vm", "os");
+    assert_eq!(before["delta_cache"], "direct");
+    let process = Pid::from_raw(before["process"].as_i64().expect("a process") as i32).expect("a process");
+    kill_process(process, Signal::KILL).expect("it is killed");
+    wait_until("another backend", || {
+        let now = daemon.attachment("vm", "os");
+        now["state"] == "running" && now["process"] != before["process"]
+    });
+    assert!(goes_past(&daemon), "the next keeper's");
+    daemon.detach("vm", "os");
+    daemon.attach("os", "vm");
+    assert!(!goes_past(&daemon), "unless it is asked for");
+    assert_eq!(daemon.attachment("vm", "os")["delta_cache"], "writeback");
 }
 
 #[test]

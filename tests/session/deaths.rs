@@ -135,7 +135,7 @@ fn five_hundred_killed_workers_are_never_noticed() {
 }
 
 #[test]
-fn an_ephemeral_volume_survives_its_worker() {
+pub fn an_ephemeral_volume_survives_its_worker() {
     let disk = Disk::new(DISK_BYTES);
     let directory = disk.path("");
     let backend = disk.serve_as(&[&format!("--ephemeral={}", text(&directory))]);
@@ -291,7 +291,7 @@ fn serve_dying(disk: &Disk, first: &str) -> Backend {
 }
 
 /// Works with a worker that dies at a step, reached so many times, and, if there is another, with one that dies at that.
-fn die_at(step: Step, count: u32, then: Option<(Step, u32)>) {
+pub fn die_at(step: Step, count: u32, then: Option<(Step, u32)>) {
     println!("{step:?} {count}, then {then:?}");
     let disk = Disk::new(1 << 20);
     let backend = serve_dying(&disk, &format!("{step:?} {count}"));
@@ -347,7 +347,7 @@ fn offer_inflight(client: &mut Client) -> (VhostUserInflight, fs::File) {
 }
 
 #[test]
-fn a_front_end_that_keeps_the_region_survives_the_whole_backend() {
+pub fn a_front_end_that_keeps_the_region_survives_the_whole_backend() {
     let disk = Disk::new(DISK_BYTES);
     let profile = profile();
     let mut backend = disk.serve();

@@ -274,9 +274,11 @@ fn kick_and_call_may_be_replaced_on_a_live_ring() {
                 client.queues[0].ring.kick = Event::new();
                 client.step(0, Step::Kick, 0);
             }
-            for (sector, head) in heads.into_iter().enumerate() {
+            // Those that wait for the disk may be overtaken.
+            for _ in 0..heads.len() {
                 let (done, completed) = client.queues[0].wait(PATIENCE).expect("no request and no call is lost");
-                assert_eq!((done, completed.status), (head, OK));
+                let sector = heads.iter().position(|head| *head == done).expect("one of these");
+                assert_eq!(completed.status, OK);
                 assert!(completed.data == model[sector * SECTOR..][..SECTOR]);
             }
             // The old kick is no longer listened to.

@@ -87,7 +87,7 @@ fn fill(client: &mut Client, model: &mut [u8], backend: &Backend) -> usize {
 }
 
 #[test]
-fn writes_wait_for_room_and_reads_do_not() {
+pub fn writes_wait_for_room_and_reads_do_not() {
     let disk = Disk::new(DISK_BYTES);
     let Some(small) = SmallDisk::mount(&disk, 4) else { return };
     let mut backend = small.serve(&disk, &[]);
@@ -206,7 +206,7 @@ fn controllers_are_told_ahead_and_when_it_is_full_and_when_it_is_over() {
 }
 
 #[test]
-fn a_file_system_that_is_full_again_and_again_loses_nothing() {
+pub fn a_file_system_that_is_full_again_and_again_loses_nothing() {
     let disk = Disk::new(DISK_BYTES);
     let Some(small) = SmallDisk::mount(&disk, 2) else { return };
     let mut backend = small.serve(&disk, &[]);

@@ -14,12 +14,12 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pando::block::Volume;
 use pando::block::base::Base;
 use pando::block::cached::COLD_VARIABLE;
 use pando::block::delta::header::{SESSION_AT, Session};
 use pando::block::delta::{Delta, Lifetime, open};
 use pando::block::storage::FileStorage;
+use pando::block::{DeltaCache, Volume};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::process::{Pid, Signal, kill_process};
@@ -133,6 +133,31 @@ pub fn text(path: &Path) -> &str {
 thread_local! {
     static IS_COLD: Cell<bool> = const { Cell::new(false) };
     static IO: Cell<Option<&'static str>> = const { Cell::new(None) };
+    static CACHE: Cell<Option<DeltaCache>> = const { Cell::new(None) };
+}
+
+/// By what the data of the deltas of backends goes to the disk, where a test does not say it: in a host's variable, for a run of all tests with either.
+const CACHE_VARIABLE: &str = "PANDO_TEST_DELTA_CACHE";
+
+/// By what it goes for this test.
+pub fn delta_cache() -> DeltaCache {
+    let chosen = CACHE.get().or_else(|| std::env::var(CACHE_VARIABLE).ok()?.parse().ok());
+    chosen.unwrap_or_default()
+}
+
+/// Runs a test whose backends have the data of their deltas go past the page cache; with rings, and once more with threads.
+pub fn direct(test: impl Fn()) {
+    direct_by("auto", &test);
+    direct_by("threads", &test);
+}
+
+/// As [`direct`], in one way.
+pub fn direct_by(io: &'static str, test: impl Fn()) {
+    CACHE.set(Some(DeltaCache::Direct));
+    IO.set(Some(io));
+    test();
+    CACHE.set(None);
+    IO.set(None);
 }
 
 /// What backends are told to read by what is not in memory, where a test does not say it: in a host's variable, for a run of all tests with either.
@@ -220,6 +245,12 @@ impl Backend {
         let says = command.get_args().any(|argument| argument == "--io");
         if let Some(io) = IO.get().map(str::to_owned).or_else(|| std::env::var(IO_VARIABLE).ok()).filter(|_| !says) {
             command.args(["--io", &io]);
+        }
+        let has_delta = command
+            .get_args()
+            .any(|argument| argument == "--delta" || argument.as_encoded_bytes().starts_with(b"--ephemeral"));
+        if has_delta && !command.get_args().any(|argument| argument == "--delta-cache") {
+            command.args(["--delta-cache", &delta_cache().to_string()]);
         }
         let mut child = command.stderr(Stdio::piped()).spawn().expect("the program starts");
         let log = Log::default();
@@ -437,6 +468,20 @@ pub fn is_alive(process: u32) -> bool {
 #[track_caller]
 pub fn descriptors_of(process: u32) -> usize {
     fs::read_dir(format!("/proc/{process}/fd")).expect("a running process").count()
+}
+
+/// Of the openings of files that a process has and that hold a lock, whether each goes past the page cache.
+#[track_caller]
+pub fn locked_openings(process: u32) -> Vec<bool> {
+    let mut openings = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fdinfo")).expect("a running process").flatten() {
+        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        let flags = text.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+        if text.contains("FLOCK") {
+            openings.push(flags.expect("flags") & libc::O_DIRECT != 0);
+        }
+    }
+    openings
 }
 
 /// Bytes of memory that a process has for itself.

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use pando::block::DeltaCache;
 use pando::block::delta::header::BaseIdentity;
 use pando::block::delta::open::{self, NewDelta};
 use pando::digest::Digest;
@@ -16,20 +17,22 @@ use pando::vhost_user::conversation::{Conversation, Descriptors};
 use pando::vhost_user::counters;
 use pando::vhost_user::order::DeltaOrder;
 
-use super::harness::{Backend, Disk, program};
+use super::harness::{Backend, Disk, delta_cache, program};
 
 /// A volume, as a controller has it.
 pub struct Volume {
     pub spec: VolumeSpec,
     pub base: Option<File>,
     pub delta: Option<File>,
+    pub direct: Option<File>,
 }
 
 impl Volume {
     /// An image alone.
     pub fn read_only(tag: &str, image: &Path) -> Volume {
-        let spec = VolumeSpec { tag: tag.to_owned(), base: Some("the image".to_owned()), delta: None, serial: None };
-        Volume { spec, base: Some(File::open(image).expect("an image")), delta: None }
+        let base = Some("the image".to_owned());
+        let spec = VolumeSpec { tag: tag.to_owned(), base, delta: None, serial: None, direct: false };
+        Volume { spec, base: Some(File::open(image).expect("an image")), delta: None, direct: None }
     }
 
     /// An image under a new delta, which stays or goes with the process.
@@ -46,13 +49,17 @@ impl Volume {
         };
         let label = delta.display().to_string();
         let mut volume = Volume::read_only(tag, image);
+        if delta_cache() == DeltaCache::Direct {
+            volume.direct = Some(open::open_direct(&file, &label, !ephemeral).expect("a file system that has that"));
+            volume.spec.direct = true;
+        }
         volume.spec.delta = Some(DeltaOrder { label, ephemeral });
         volume.delta = Some(file);
         volume
     }
 
     fn files(&self) -> Vec<BorrowedFd<'_>> {
-        [&self.base, &self.delta].into_iter().flatten().map(AsFd::as_fd).collect()
+        [&self.base, &self.delta, &self.direct].into_iter().flatten().map(AsFd::as_fd).collect()
     }
 }
 
@@ -131,7 +138,7 @@ pub struct Managed {
 /// How a guest's disk is served, but for the volume.
 pub fn manner() -> Serve {
     Serve {
-        volume: VolumeSpec { tag: String::new(), base: None, delta: None, serial: None },
+        volume: VolumeSpec { tag: String::new(), base: None, delta: None, serial: None, direct: false },
         queues: 4,
         ring_size_max: 1024,
         log_level: 5,
@@ -184,5 +191,5 @@ impl Managed {
 /// The same words, once more.
 fn clone_spec(spec: &VolumeSpec) -> VolumeSpec {
     let delta = spec.delta.as_ref().map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral });
-    VolumeSpec { tag: spec.tag.clone(), base: spec.base.clone(), delta, serial: spec.serial }
+    VolumeSpec { tag: spec.tag.clone(), base: spec.base.clone(), delta, serial: spec.serial, direct: spec.direct }
 }

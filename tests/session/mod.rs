@@ -19,6 +19,7 @@ mod target;
 mod attempts;
 mod boots;
 mod deaths;
+mod direct;
 mod drain;
 mod driver;
 mod full;

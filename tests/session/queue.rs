@@ -29,7 +29,7 @@ pub const NO_STATUS: u8 = 0xee;
 
 /// What a request's header, status and data take in memory.
 const HEADER_BYTES: usize = 16;
-const DATA_AT: u64 = 64;
+const DATA_AT: u64 = 512;
 
 /// The bytes of a request's header.
 pub fn header(kind: u32, sector: u64) -> [u8; HEADER_BYTES] {
@@ -76,7 +76,8 @@ pub struct Queue {
 impl Queue {
     /// Room for `depth` requests of `bytes` bytes of data each.
     pub fn new(ring: Ring, depth: usize, bytes: usize) -> Queue {
-        let place = |_| ring.guest.allocate(DATA_AT + bytes as u64, 64);
+        // The data of every other one is where a disk could move it to.
+        let place = |slot| ring.guest.allocate(DATA_AT + 64 + bytes as u64, DATA_AT) + 64 * (slot as u64 % 2);
         let free = (0..depth).map(place).collect();
         Queue { ring, slot_bytes: bytes, free, running: HashMap::new() }
     }

@@ -180,6 +180,8 @@ fn is_killed_in(part: Part, disk: &Disk, without: &str) -> bool {
     }
     command.args(["--blank", "--delta", text(&delta), "--socket-path", text(&socket)]);
     command.args(if part == Part::Incoming { &["--incoming"][..] } else { &["--create", "--size", "16G"] });
+    // Past the page cache, nothing is done that is not done for the rest of a delta.
+    command.args(["--delta-cache", "writeback"]);
     command.args(["--io", if part == Part::Incoming { "threads" } else { "auto" }]);
     if part == Part::Aborts {
         command.env("PANDO_ATTEMPT", "worker:abort");

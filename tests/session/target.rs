@@ -17,8 +17,13 @@ pub struct Target {
 
 impl Target {
     pub fn new() -> Target {
+        Target::with(&[])
+    }
+
+    /// As [`Target::new`], with more arguments.
+    pub fn with(arguments: &[&str]) -> Target {
         let disk = Disk::new(DISK_BYTES);
-        let backend = disk.serve();
+        let backend = disk.serve_with(arguments);
         let model = disk.contents.clone();
         Target { disk, backend, model, cases: 0 }
     }

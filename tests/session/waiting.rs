@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use pando::vhost_user::vitals::WEDGED_AFTER;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rustix::fs::Advice;
@@ -12,7 +13,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use super::client::{Client, Profile, check_served};
 use super::deaths::{Killer, check_all, kill_worker, profile, storms, work};
 use super::harness::{Backend, Disk, SECTOR, cold, cold_by, text, wait_until};
-use super::queue::{FLUSH, OK, header};
+use super::queue::{FLUSH, IN, OK, header};
 use super::requests::Chain;
 use super::{drain, gone, hostile, migration, requests};
 
@@ -167,6 +168,24 @@ fn a_flush_may_have_more_than_a_header() {
         queue.write(8, &[number; SECTOR]);
         assert_eq!(Chain::new(queue).reads(&bytes).writes(1).execute(queue), (1, vec![OK]), "flush {number}");
     }
+}
+
+/// It waits for nothing any more, and is not taken for one that does.
+#[test]
+fn a_ring_that_breaks_while_others_read_is_not_stuck() {
+    let disk = Disk::new(DISK_BYTES);
+    cold_by("auto", || {
+        let backend = disk.serve();
+        let (worker, mark) = (backend.worker(), backend.log().mark());
+        let mut client = Client::start(&backend, &Profile::qemu());
+        let queue = &mut client.queues[0];
+        let head = queue.submit(IN, 0, &[], SECTOR);
+        queue.ring.publish(head);
+        queue.ring.kick_anyway();
+        backend.log().expect_after(mark, &["again, before its request is complete", "served no further"]);
+        std::thread::sleep(WEDGED_AFTER + Duration::from_secs(2));
+        assert_eq!(backend.worker(), worker, "the worker was killed");
+    });
 }
 
 /// Where the tests' files can be dropped from memory; elsewhere they are read as ever.

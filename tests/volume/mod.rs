@@ -1,5 +1,6 @@
 //! Volumes: their contents, their promises when the power, the process or the disk fails, and what they refuse.
 
+mod begun;
 mod disk;
 mod exclusion;
 mod faults;

@@ -231,6 +231,19 @@ fn over_real_files() {
 }
 
 #[test]
+fn over_real_files_past_the_page_cache() {
+    for (shape, seed) in SHAPES.into_iter().flat_map(|shape| seeds(3..5).into_iter().map(move |seed| (shape, seed))) {
+        let (file, header) = open::create_unnamed(&std::env::temp_dir(), &shape.new_delta()).unwrap();
+        let Ok(direct) = open::open_direct(&file, "delta", false) else {
+            println!("skipped: no O_DIRECT here");
+            return;
+        };
+        let copy = |file: &File| file.try_clone().unwrap();
+        check(shape, seed, &|| FileStorage::with(copy(&file), Some(copy(&direct))).unwrap(), &header);
+    }
+}
+
+#[test]
 fn over_the_simulated_disk() {
     for (shape, seed) in SHAPES.into_iter().flat_map(|shape| seeds(2..3).into_iter().map(move |seed| (shape, seed))) {
         let header = shape.new_delta().header().unwrap();

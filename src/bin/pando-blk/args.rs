@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use pando::block::DeltaCache;
 use pando::digest::Digest;
 use pando::units::{ByteCount, ClusterSize};
 use pando::vhost_user::attachment::HOLD_DEFAULT;
@@ -14,8 +15,8 @@ use pando::vhost_user::control::MANAGED_ARGUMENT;
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::handover::{CHECK_ARGUMENT, RESUME_ARGUMENT};
 use pando::vhost_user::polling::{POLL_DEFAULT, POLL_MAX};
-use pando::vhost_user::reads::Io;
 use pando::vhost_user::ring::RING_SIZE_MAX;
+use pando::vhost_user::transfers::Io;
 use pando::vhost_user::worker::{RING_ARGUMENT, WORKER_ARGUMENT};
 
 const HELP: &str = "\
@@ -37,6 +38,8 @@ The volume:
   --size SIZE          the volume's size, for a delta to be created: at least the image's, such as 20G
   --cluster-size SIZE  the copy-on-write unit, for a delta to be created: 4K (the default) to 64K
   --base-digest HEX    the image's digest; believed instead of looked up or computed
+  --delta-cache WAY    by what the delta's data goes to the disk and comes from there: writeback (the default), through the
+                       host's page cache; direct, past it (O_DIRECT), for guests that have caches of their own
   --on-full WHAT       what becomes of a write that finds the delta's file system full: hold (the default) has it wait
                        for room; error has it fail at once
   --hold-timeout TIME  how long it waits before it fails, such as 90s or 10m (60s)
@@ -51,7 +54,7 @@ What is offered:
   --serial TEXT        the disk's serial number, up to 20 characters (one of its own for each delta)
 
 How it waits:
-  --io WAY             by what it reads what is not in memory: io_uring, threads, or auto (the default): io_uring where the
+  --io WAY             by what it waits for the disk: io_uring, threads, or auto (the default), which is io_uring where the
                        host has it and allows it, and threads elsewhere
   --poll-us N          a queue that runs out of requests looks for the next one for up to N microseconds before it sleeps,
                        while requests lately came that soon and nothing else wants the processor (50; 0: it sleeps at once)
@@ -91,6 +94,7 @@ pub struct Options {
     pub volume: Volume,
     pub base: Option<PathBuf>,
     pub base_digest: Option<Digest>,
+    pub delta_cache: DeltaCache,
     pub place: Place,
     pub queues: u16,
     pub ring_size_max: u16,
@@ -145,6 +149,7 @@ struct Typed {
     size: Option<u64>,
     cluster: Option<ClusterSize>,
     base_digest: Option<Digest>,
+    delta_cache: Option<DeltaCache>,
     place: Option<Place>,
     queues: Option<u16>,
     ring_size_max: Option<u16>,
@@ -184,6 +189,9 @@ pub fn parse(arguments: &[OsString]) -> anyhow::Result<Invocation> {
             Long("ephemeral") => {
                 let directory = parser.optional_value().unwrap_or_else(|| "/var/tmp".into());
                 once(&mut typed.ephemeral, "--ephemeral", directory.into())?;
+            }
+            Long("delta-cache") => {
+                once(&mut typed.delta_cache, "--delta-cache", value(&mut parser, "--delta-cache")?)?;
             }
             Long("on-full") => {
                 let what = match value::<String>(&mut parser, "--on-full")?.as_str() {
@@ -308,6 +316,9 @@ impl Typed {
             ensure!(!self.incoming, "--incoming goes with --delta: other volumes are anybody's at any time");
             ensure!(!self.create, "--create goes with --delta");
         }
+        if matches!(volume, Volume::ReadOnly) {
+            ensure!(self.delta_cache.is_none(), "--delta-cache is for --delta or --ephemeral: leave it out");
+        }
         let place = self.place.context("no socket: expected --socket-path PATH or --fd N")?;
         let hold = match (self.on_full, self.hold_timeout) {
             (Some(OnFull::Error), None) => Duration::ZERO,
@@ -337,6 +348,7 @@ impl Typed {
             volume,
             base: self.base,
             base_digest: self.base_digest,
+            delta_cache: self.delta_cache.unwrap_or_default(),
             place,
             queues,
             ring_size_max,

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use pando::sys::process::StopSignals;
 use pando::vhost_user::handover::State;
-use pando::vhost_user::reads::Io;
+use pando::vhost_user::transfers::Io;
 use pando::vhost_user::{keeper, sandbox, worker};
 
 use args::Invocation;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, bail, ensure};
+use pando::block::DeltaCache;
 use pando::block::delta::header::BaseIdentity;
 use pando::block::delta::open::{self, NewDelta};
 use pando::digest::{self, Digest, Origin};
@@ -66,17 +67,18 @@ pub fn attach(options: &Options) -> anyhow::Result<(Attachment, Option<SocketFil
             let base = base_bytes.map(|bytes| BaseIdentity { digest: Digest([0; 32]), bytes });
             let new = NewDelta { base, virtual_bytes: *size, cluster: cluster.unwrap_or(ClusterSize::DEFAULT) };
             let (file, _) = open::create_unnamed(directory, &new)?;
-            Some(AttachedDelta {
-                file,
-                label: format!("the unnamed delta in {}", directory.display()),
-                ephemeral: true,
-            })
+            let label = format!("the unnamed delta in {}", directory.display());
+            Some((AttachedDelta { file, direct: None, label, ephemeral: true }, false))
         }
         Volume::Delta { path, create, incoming, size, cluster } => {
             let base = base.as_ref().map(|base| base.identity(options.base_digest)).transpose()?;
             let new = NewDelta { base, virtual_bytes: *size, cluster: cluster.unwrap_or(ClusterSize::DEFAULT) };
-            Some(open_delta(path, *create, *incoming, &new)?)
+            Some((open_delta(path, *create, *incoming, &new)?, !incoming))
         }
+    };
+    let delta = match (delta, options.delta_cache) {
+        (Some((delta, is_locked)), DeltaCache::Direct) => Some(delta.past_page_cache(is_locked)?),
+        (delta, _) => delta.map(|(delta, _)| delta),
     };
     // Last: whoever sees the socket may connect to it.
     let (endpoint, socket) = open_endpoint(&options.place)?;
@@ -180,7 +182,7 @@ fn open_delta(path: &Path, create: bool, incoming: bool, new: &NewDelta) -> anyh
     let label = path.display().to_string();
     open::check_matches(&header, &label, new.base, new.virtual_bytes)?;
     open::check_length(&file, &header, &label)?;
-    Ok(AttachedDelta { file, label, ephemeral: false })
+    Ok(AttachedDelta { file, direct: None, label, ephemeral: false })
 }
 
 fn open_endpoint(place: &Place) -> anyhow::Result<(Endpoint, Option<SocketFile>)> {

@@ -204,6 +204,12 @@ impl<S: Storage> Delta<S> {
         self.storage.read_with(into, at, patience).map_err(|source| self.io_error("read", at, source))
     }
 
+    /// Reads bytes of clusters by where they lie in its file, into some buffers, one after another.
+    pub fn read_data(&self, into: &[Writable<'_>], file_offset: u64) -> Result<(), Error> {
+        let result = self.storage.read_data_at(into, file_offset);
+        result.map_err(|source| self.io_error("read", file_offset, source))
+    }
+
     /// What it lies in.
     pub fn storage(&self) -> &S {
         &self.storage
@@ -224,10 +230,15 @@ impl<S: Storage> Delta<S> {
     pub fn write(&self, from: &[Readable<'_>], offset: u64) -> Result<(), Error> {
         self.check_latch()?;
         let at = self.layout().data_at(offset);
-        let result = self.storage.write_at(from, at).map_err(|source| self.io_error("write", at, source));
-        // After the write: a flush that clears this ahead of its sync then covers the write. Also when it failed, for part of it may have happened.
-        self.written.store(true, Ordering::Release);
+        let result = self.storage.write_data_at(from, at).map_err(|source| self.io_error("write", at, source));
+        // Also when it failed, for part of it may have happened.
+        self.note_written();
         result
+    }
+
+    /// Notes that something has been written. After the write: a flush that clears this ahead of its sync then covers it.
+    pub fn note_written(&self) {
+        self.written.store(true, Ordering::Release);
     }
 
     /// Notes that all of a cluster is in the file now, which is seen at once, and safe once `marks` is committed.
@@ -441,7 +452,8 @@ impl<S: Storage> Delta<S> {
             .map_err(|source| self.io_error("write the session of", SESSION_AT, source))
     }
 
-    fn check_latch(&self) -> Result<(), Error> {
+    /// Sees that no sync has failed.
+    pub fn check_latch(&self) -> Result<(), Error> {
         if self.latch.is_closed() { Err(Error::Latched { file: self.label.clone() }) } else { Ok(()) }
     }
 

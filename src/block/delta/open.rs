@@ -77,6 +77,15 @@ pub enum OpenError {
         "{file} is {found} bytes long, expected {expected}: something was cut off; 'pando delta check' tells what is affected"
     )]
     TooShort { file: String, expected: u64, found: u64 },
+    /// Not on this file system.
+    #[error(
+        "the data of {file} cannot go past the page cache: its file system does not have O_DIRECT; expected one that does, or --delta-cache writeback"
+    )]
+    NotDirect {
+        file: String,
+        #[source]
+        source: io::Error,
+    },
     /// Somebody else has it open.
     #[error("{file} is in use by {holder}: a delta has one writer")]
     Locked { file: String, holder: Holder },
@@ -256,6 +265,25 @@ pub fn open_unlocked(path: &Path) -> Result<(File, Header), OpenError> {
     let file = options().open(path).map_err(io)?;
     let header = read_header(&file, &label)?;
     Ok((file, header))
+}
+
+/// Opens an open delta once more, for its data to go past the page cache. That one has the lock then, if `file` has it: what a dead backend has under way
+/// keeps it open until it is done, so that nobody opens the delta before.
+pub fn open_direct(file: &File, label: &str, is_locked: bool) -> Result<File, OpenError> {
+    let label = || label.to_owned();
+    let io = |action| move |source| OpenError::Io { action, file: label(), offset: 0, source };
+    let direct = file::reopen_direct(file).map_err(|source| match source.raw_os_error() {
+        Some(libc::EINVAL) => OpenError::NotDirect { file: label(), source },
+        _ => io("open")(source),
+    })?;
+    if is_locked {
+        file.unlock().map_err(io("unlock"))?;
+        if !file::try_lock(&direct).map_err(io("lock"))? {
+            // In that very moment.
+            return Err(OpenError::Locked { file: label(), holder: Holder { process: file::lock_holder(file) } });
+        }
+    }
+    Ok(direct)
 }
 
 /// Takes the lock of an open delta, for which another backend may take so long to make room.

@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use crate::block::DeltaCache;
+
 /// What a volume is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -252,6 +254,9 @@ pub struct Attachment {
     pub socket: String,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// By what its delta's data goes to the disk, if it has one: `writeback`, or `direct`.
+    #[schema(value_type = Option<String>)]
+    pub delta_cache: Option<DeltaCache>,
     /// Size as the guest sees it.
     pub bytes: u64,
     /// The image that the VM runs from now.
@@ -293,6 +298,10 @@ pub struct AttachRequest {
     /// The VMM itself loads the guest's kernel: every driver that starts from nothing is then a boot.
     #[serde(default)]
     pub kernel_from_vmm: bool,
+    /// By what the delta's data goes to the disk and comes from there: through the page cache (`writeback`, when left out), or past it (`direct`).
+    #[serde(default)]
+    #[schema(value_type = Option<String>, pattern = "^(writeback|direct)$")]
+    pub delta_cache: Option<DeltaCache>,
     /// Whose the socket is to be, the caller's own when left out. Only root and the daemon's own user give it to others.
     #[serde(default)]
     pub owner: Option<Owner>,

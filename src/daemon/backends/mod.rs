@@ -25,10 +25,10 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::digest::Digest;
 use crate::sys::socket::{PacketListener, PacketSocket};
 use crate::units::ByteCount;
+use crate::vhost_user::attachment::AttachedDelta;
 use crate::vhost_user::control::{Command, Event, Reply, Report, Serve, VolumeSpec};
 use crate::vhost_user::counters::{self, Reader, Snapshot};
 use crate::vhost_user::device::serial_from;
-use crate::vhost_user::order::DeltaOrder;
 
 use link::Link;
 pub use process::Manner;
@@ -116,8 +116,8 @@ pub struct Part {
     pub image: Option<Digest>,
     /// Its file.
     pub base: Option<Arc<File>>,
-    /// The delta, locked, and what to call it in messages.
-    pub delta: Option<(File, String)>,
+    /// The delta, locked.
+    pub delta: Option<AttachedDelta>,
     /// What GET_ID answers.
     pub serial: String,
 }
@@ -568,14 +568,15 @@ fn spec_of(part: &Part) -> VolumeSpec {
     VolumeSpec {
         tag: part.tag.clone(),
         base: part.base.as_ref().and(part.image).map(|image| format!("the image {image}")),
-        delta: part.delta.as_ref().map(|(_, label)| DeltaOrder { label: label.clone(), ephemeral: false }),
+        delta: part.delta.as_ref().map(AttachedDelta::order),
         serial: Some(serial_from(&part.serial)),
+        direct: part.delta.as_ref().is_some_and(|delta| delta.direct.is_some()),
     }
 }
 
 fn files_of(part: &Part) -> impl Iterator<Item = BorrowedFd<'_>> {
     let base = part.base.as_ref().map(|base| base.as_fd());
-    base.into_iter().chain(part.delta.as_ref().map(|(delta, _)| delta.as_fd()))
+    base.into_iter().chain(part.delta.iter().flat_map(AttachedDelta::descriptors))
 }
 
 /// The image that a tag names.

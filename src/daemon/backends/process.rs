@@ -19,8 +19,8 @@ use crate::sys::socket::PacketSocket;
 use crate::sys::{apart, process};
 use crate::vhost_user::control::MANAGED_ARGUMENT;
 use crate::vhost_user::conversation::Conversation;
-use crate::vhost_user::reads::Io;
 use crate::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
+use crate::vhost_user::transfers::Io;
 
 use super::users::UidRange;
 
@@ -38,7 +38,7 @@ pub struct Manner {
     pub users: Option<UidRange>,
     /// How long a queue of theirs without work looks at its ring before it sleeps, at most, in microseconds.
     pub poll_us: u64,
-    /// By what they read what is not in memory.
+    /// By what they wait for the disk.
     pub io: Io,
 }
 

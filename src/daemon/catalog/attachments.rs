@@ -2,6 +2,7 @@
 
 use rusqlite::Row;
 
+use crate::block::DeltaCache;
 use crate::daemon::api::types::Role;
 use crate::digest::Digest;
 
@@ -33,6 +34,7 @@ pub struct AttachmentRow {
     pub read_only: bool,
     pub queues: u16,
     pub kernel_from_vmm: bool,
+    pub delta_cache: DeltaCache,
     pub image: Option<Digest>,
     pub staged: Option<Digest>,
     pub previous: Option<Digest>,
@@ -56,6 +58,7 @@ pub struct NewAttachment {
     pub read_only: bool,
     pub queues: u16,
     pub kernel_from_vmm: bool,
+    pub delta_cache: DeltaCache,
     pub image: Option<Digest>,
     pub owner: (u32, u32),
     pub by: String,
@@ -106,6 +109,7 @@ impl AttachmentRow {
             read_only: row.get("read_only")?,
             queues: row.get("queues")?,
             kernel_from_vmm: row.get("kernel_from_vmm")?,
+            delta_cache: if row.get("direct")? { DeltaCache::Direct } else { DeltaCache::Writeback },
             image: row.get("image")?,
             staged: row.get("staged")?,
             previous: row.get("previous")?,
@@ -160,8 +164,8 @@ impl Facts<'_> {
     /// Notes an attachment whose backend is about to be started.
     pub fn insert_attachment(&self, new: &NewAttachment) -> Result<i64, CatalogError> {
         self.insert(
-            "INSERT INTO attachment (vm, volume, role, serial, read_only, queues, kernel_from_vmm, image, state, at, by, owner_uid, owner_gid) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'starting', ?9, ?10, ?11, ?12)",
+            "INSERT INTO attachment (vm, volume, role, serial, read_only, queues, kernel_from_vmm, direct, image, state, at, by, owner_uid, owner_gid) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'starting', ?10, ?11, ?12, ?13)",
             rusqlite::params![
                 new.vm,
                 new.volume,
@@ -170,6 +174,7 @@ impl Facts<'_> {
                 new.read_only,
                 new.queues,
                 new.kernel_from_vmm,
+                new.delta_cache == DeltaCache::Direct,
                 new.image,
                 now(),
                 new.by,

@@ -3,10 +3,13 @@
 //! A step is never changed once it has been released: `PRAGMA user_version` says how many of them a database has seen.
 
 /// The steps, from nothing to now.
-pub const STEPS: [&str; 3] = [FIRST, HOLD, BACKENDS_OWN_USERS];
+pub const STEPS: [&str; 4] = [FIRST, HOLD, BACKENDS_OWN_USERS, DIRECT];
 
 /// How long writes wait while a volume's file system is full; 0: they fail at once.
 const HOLD: &str = "ALTER TABLE volume ADD COLUMN hold_ms INTEGER NOT NULL DEFAULT 60000;";
+
+/// Whether the data of an attachment's delta goes past the page cache.
+const DIRECT: &str = "ALTER TABLE attachment ADD COLUMN direct INTEGER NOT NULL DEFAULT 0;";
 
 const FIRST: &str = "
 -- Numbers that outlive the daemon.

@@ -4,12 +4,18 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::block::Sources;
+use crate::block::{Batch, Sources};
+use crate::sys::buffers::Readable;
+use crate::sys::events::Epoll;
 use crate::sys::guard;
+use crate::sys::guest::GuestMemory;
 use crate::vhost_user::counters::{Kind, Tally};
 use crate::vhost_user::errands::{Done, FlushHabit, Inbox, Job};
-use crate::vhost_user::reads::{Finished, ReadRequest, Reads, Rings};
+
 use crate::vhost_user::request::{Errand, RequestError, Status};
+use crate::vhost_user::transfers::{Finished, Request, Rings, Transfers};
+
+use crate::vhost_user::steps::{self, Step};
 
 use super::complaints::Complaints;
 use super::{Completion, Queue};
@@ -27,8 +33,8 @@ pub(super) struct Away<'m> {
     /// Those that have, while they are looked at.
     pub(super) back: Vec<Done>,
     /// Those that the kernel carries out, and of these what it is done with, while that is looked at.
-    pub(super) reads: Reads<'m>,
-    pub(super) read: Vec<Finished<'m>>,
+    pub(super) transfers: Transfers<'m>,
+    pub(super) moved: Vec<Finished<'m>>,
     /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
     pub(super) copied: Vec<(u64, u64)>,
     /// Whether flushes had better not be among them, and whether one is that nothing has come beside.
@@ -50,8 +56,8 @@ impl<'m> Away<'m> {
             inbox,
             count: 0,
             back: Vec::new(),
-            reads: Reads::new(rings),
-            read: Vec::new(),
+            transfers: Transfers::new(rings),
+            moved: Vec::new(),
             copied: Vec::new(),
             habit: FlushHabit::default(),
             lone_flush: false,
@@ -60,13 +66,13 @@ impl<'m> Away<'m> {
 
     /// Whether any has not come back.
     pub(super) fn is_waited_for(&self) -> bool {
-        self.count > 0 || self.reads.count() > 0
+        self.count > 0 || self.transfers.count() > 0
     }
 
     /// Whether one has.
     #[inline]
     pub(super) fn has_some(&self) -> bool {
-        self.inbox.has_some() || self.reads.has_some()
+        self.inbox.has_some() || self.transfers.has_some()
     }
 
     fn wait_for_all(&mut self) {
@@ -111,6 +117,7 @@ impl Queue {
                 bytes: done.bytes,
                 data_bytes: done.written,
                 status,
+                wrote: done.wrote,
                 is_late: true,
                 ..Completion::of(done.head)
             };
@@ -127,41 +134,84 @@ impl Queue {
         tally.count(&self.counters, self.index, taken.elapsed());
     }
 
-    /// Takes the reads that the kernel is done with, to be shown to the driver. What it has not read others have to.
-    pub(super) fn take_reads<'m>(
+    /// Takes what the kernel is done with, to be shown to the driver once `batch` is committed. What it has not moved others have to.
+    pub(super) fn take_moved<'m>(
         &mut self,
         away: &mut Away<'m>,
         completions: &mut Vec<Completion<'m>>,
+        batch: &mut Batch,
         complaints: &mut Complaints,
     ) {
-        if !away.reads.has_some() {
+        if !away.transfers.has_some() {
             return;
         }
-        let mut read = std::mem::take(&mut away.read);
-        away.reads.take(&self.volume, &mut read);
-        for Finished { request: ReadRequest { head, taken, status_place, .. }, bytes, sources, failed } in
-            read.drain(..)
+        let mut moved = std::mem::take(&mut away.moved);
+        away.transfers.take(&self.volume, &mut moved);
+        for Finished { request: Request { head, taken, status_place, .. }, bytes, sources, write, failed } in
+            moved.drain(..)
         {
+            let (kind, errand) =
+                if write.is_some() { (Kind::Write, Errand::Write) } else { (Kind::Read, Errand::Read) };
             if failed {
-                if !self.send_away(Errand::Read, head, taken, away, complaints) {
-                    away.reads.give_up();
+                // Whoever does it instead may have to have the clusters alone.
+                drop(write);
+                if !self.send_away(errand, head, taken, away, complaints) {
+                    away.transfers.give_up();
                     self.again.push_back(head);
                 }
                 continue;
             }
             let completion = Completion {
-                kind: Kind::Read,
+                kind,
                 bytes: bytes.into(),
-                data_bytes: bytes,
+                data_bytes: if write.is_some() { 0 } else { bytes },
                 status: Status::Ok,
                 status_place: Some(status_place),
+                wrote: write.is_some(),
                 is_late: true,
                 ..Completion::of(head)
             };
+            if let Some(write) = write {
+                write.finish(batch);
+                steps::reach(Step::Executed);
+            }
             self.count_late(&completion, taken, sources);
             completions.push(completion);
         }
-        away.read = read;
+        away.moved = moved;
+    }
+
+    /// Has a write past the page cache carried out by others. Whether they do.
+    pub(super) fn send_write<'m>(
+        &mut self,
+        request: Request<'m>,
+        data: &[Readable<'m>],
+        away: &mut Away<'m>,
+        memory: &Arc<GuestMemory>,
+        epoll: &Epoll,
+        complaints: &mut Complaints,
+    ) -> bool {
+        let (head, taken) = (request.head, request.taken);
+        // One that waits for room is tried again by this queue, and not by two at once.
+        !self.hold.contains(head)
+            && (away.transfers.begin_write(request, data, &self.volume, memory, epoll)
+                || self.send_away(Errand::Write, head, taken, away, complaints))
+    }
+
+    /// Waits until the kernel is done with all, so that no other has to wait for that.
+    pub(super) fn wait_for_transfers<'m>(
+        &mut self,
+        away: &mut Away<'m>,
+        completions: &mut Vec<Completion<'m>>,
+        batch: &mut Batch,
+        complaints: &mut Complaints,
+    ) -> io::Result<()> {
+        while away.transfers.count() > 0 {
+            away.transfers.submit(&self.volume);
+            away.transfers.wait()?;
+            self.take_moved(away, completions, batch, complaints);
+        }
+        Ok(())
     }
 
     /// Has others carry out a request. Whether they do.

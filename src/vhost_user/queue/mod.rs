@@ -29,11 +29,11 @@ use crate::vhost_user::foresight;
 use crate::vhost_user::hold::Hold;
 use crate::vhost_user::order::RingStop;
 use crate::vhost_user::polling::Polling;
-use crate::vhost_user::reads::{ReadRequest, Rings};
 use crate::vhost_user::request::{self, Errand, Manner, PutOff, RequestError, Status};
 use crate::vhost_user::rest::{self, Repose};
 use crate::vhost_user::ring::{Chain, Ring, RingError};
 use crate::vhost_user::steps::{self, Step};
+use crate::vhost_user::transfers::{Request, Rings};
 use crate::vhost_user::vitals::Vitals;
 
 use away::Away;
@@ -71,8 +71,8 @@ pub struct Queue {
     pub errands: Arc<Errands>,
     /// What to let go of when it comes to rest.
     pub repose: Repose,
-    /// By what the kernel reads meanwhile, if that can be had.
-    pub read_rings: Option<Arc<Rings>>,
+    /// By what the kernel reads and writes meanwhile, if that can be had.
+    pub kernel_rings: Option<Arc<Rings>>,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The volume.
@@ -156,6 +156,8 @@ impl Queue {
     fn serve(mut self, epoll: &Epoll, stop: &Stop, inbox: Arc<Inbox>) -> RingStop {
         let mut complaints = Complaints::new(self.index);
         let result = self.serve_until_stopped(epoll, stop, inbox, &mut complaints);
+        // A ring that breaks waits for nothing any more.
+        self.vitals.end(self.index);
         if let Err(error) = result {
             log::error!("ring {}: {error}; it is served no further", self.index);
             if let Some(report) = &self.error
@@ -187,7 +189,7 @@ impl Queue {
     ) -> Result<(), QueueError> {
         let memory = Arc::clone(&self.memory);
         // What the kernel writes is not noted: threads do that while a log is kept.
-        let mut away = Away::new(inbox, self.read_rings.clone().filter(|_| self.log.is_none()));
+        let mut away = Away::new(inbox, self.kernel_rings.clone().filter(|_| self.log.is_none()));
         let mut batch = Batch::default();
         let mut writes = Writes::default();
         let mut tally = Tally::default();
@@ -204,8 +206,8 @@ impl Queue {
         let mut idle_since = None;
         loop {
             let stops = self.again.is_empty() && stop.asked.load(Ordering::Acquire);
-            if stops && away.reads.count() > 0 {
-                away.reads.wait().map_err(QueueError::Wait)?;
+            if stops && away.transfers.count() > 0 {
+                away.transfers.wait().map_err(QueueError::Wait)?;
             } else if stops && away.count > 0 {
                 away.inbox.wait();
             } else if stops {
@@ -227,7 +229,7 @@ impl Queue {
                 }
                 self.vitals.begin(self.index);
                 self.take_back(&mut away, &mut completions, complaints);
-                self.take_reads(&mut away, &mut completions, complaints);
+                self.take_moved(&mut away, &mut completions, &mut batch, complaints);
                 let batch_of = (taken, waiting);
                 let all = (&mut completions, &mut batch, &mut writes, &mut away);
                 let result = self.serve_batch(batch_of, &memory, &mut chain, all, epoll, complaints);
@@ -241,7 +243,7 @@ impl Queue {
                     away.copied.iter().for_each(|(offset, len)| self.volume.forget(*offset, *len));
                 }
                 away.copied.clear();
-                away.reads.submit(&self.volume);
+                away.transfers.submit(&self.volume);
                 tally.count(&self.counters, self.index, shown - taken);
                 if away.is_waited_for() {
                     self.vitals.go_on(self.index);
@@ -270,9 +272,10 @@ impl Queue {
         (completions, batch, writes, away): (&mut Vec<Completion<'m>>, &mut Batch, &mut Writes<'m>, &mut Away<'m>),
         epoll: &Epoll,
         complaints: &mut Complaints,
-    ) -> Result<(), RingError> {
+    ) -> Result<(), QueueError> {
         let mut bytes = 0;
         let mut waiting = waiting;
+        let serial = self.device.description().serial;
         foresight::look_ahead(&self.ring, waiting, memory, &self.volume);
         for _ in 0..BATCH_REQUESTS {
             if bytes >= BATCH_BYTES {
@@ -285,7 +288,7 @@ impl Queue {
                     Ok(head) => head,
                     // All that is in flight is in this batch, and free again after it.
                     Err(RingError::InFlight { .. }) if !completions.is_empty() => break,
-                    Err(error) => return Err(error),
+                    Err(error) => return Err(error.into()),
                 },
             };
             waiting = waiting.saturating_sub(1);
@@ -299,14 +302,22 @@ impl Queue {
                 completions.push(Completion::of(head));
                 continue;
             }
-            let serial = &self.device.description().serial;
-            let patience = away.reads.patience();
-            let mut outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::Together(patience));
+            let patience = away.transfers.patience();
+            let mut outcome = request::execute(chain, memory, &self.volume, &serial, batch, Manner::Together(patience));
             if outcome.put_off == Some(PutOff::Write) {
+                if self.volume.is_direct()
+                    && let Some(status_place) = outcome.status_place
+                {
+                    let request = Request { head, taken, offset: outcome.offset, status_place };
+                    if self.send_write(request, &chain.readable[outcome.data_from..], away, memory, epoll, complaints) {
+                        continue;
+                    }
+                    self.wait_for_transfers(away, completions, batch, complaints).map_err(QueueError::Wait)?;
+                }
                 writes.put_off(outcome.offset, &chain.readable[outcome.data_from..], completions.len());
             } else if outcome.put_off == Some(PutOff::BehindWrites) {
                 self.carry_out(writes, completions, batch, memory, complaints);
-                outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::AtOnce(patience));
+                outcome = request::execute(chain, memory, &self.volume, &serial, batch, Manner::AtOnce(patience));
             } else if let Some(errand) = outcome.errand {
                 let is_lone =
                     errand == Errand::Flush && waiting == 0 && completions.is_empty() && !away.is_waited_for();
@@ -314,8 +325,8 @@ impl Queue {
                 let stays = is_lone && is_again && away.habit.is_alone() && !self.volume.is_flushing();
                 if errand == Errand::Read
                     && let Some((status_place, data)) = chain.writable.split_last()
-                    && away.reads.begin(
-                        ReadRequest { head, taken, offset: outcome.offset, status_place: *status_place },
+                    && away.transfers.begin_read(
+                        Request { head, taken, offset: outcome.offset, status_place: *status_place },
                         data,
                         &self.volume,
                         memory,
@@ -330,7 +341,10 @@ impl Queue {
                     away.lone_flush = is_lone;
                     continue;
                 }
-                outcome = request::execute(chain, memory, &self.volume, serial, batch, Manner::Waits);
+                if errand == Errand::Write {
+                    self.wait_for_transfers(away, completions, batch, complaints).map_err(QueueError::Wait)?;
+                }
+                outcome = request::execute(chain, memory, &self.volume, &serial, batch, Manner::Waits);
                 if is_lone {
                     away.habit.note(self.ring.waiting()? == 0);
                 }

@@ -59,7 +59,9 @@ impl Service {
             files: rings.files().iter().map(|ring| keeping.keep(ring)).collect(),
             shape: rings.shape(),
         });
-        Further { poll_us: self.offer.poll.as_micros() as u64, rings }
+        let mut direct = |part: Option<&Part>| part.and_then(|part| part.freeze_direct(keeping));
+        let directs = (direct(Some(&self.part)), direct(self.staged.as_ref()));
+        Further { poll_us: self.offer.poll.as_micros() as u64, rings, directs }
     }
 
     /// The same in that program.
@@ -121,8 +123,8 @@ impl Service {
             latch_told: state.latch_told,
             space: Space::unknown(),
             device,
-            part: Part::thaw(state.part)?,
-            staged: state.staged.map(Part::thaw).transpose()?,
+            part: Part::thaw(state.part, further.directs.0)?,
+            staged: state.staged.map(|staged| Part::thaw(staged, further.directs.1)).transpose()?,
             history: state.history,
             equipment: Equipment { counters: state.counters.take()?.into(), rings },
             inflight,

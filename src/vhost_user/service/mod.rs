@@ -582,7 +582,7 @@ impl Service {
             self.worker = unclosed.worker;
             return Err(unclosed.error);
         }
-        delta.file.unlock().map_err(WorkerError::Lock)?;
+        delta.locked().unlock().map_err(WorkerError::Lock)?;
         (self.worker, self.elsewhere) = (None, true);
         log::info!("{}: left to whoever the guest comes to", delta.label);
         Ok(())
@@ -591,7 +591,7 @@ impl Service {
     /// Takes the volume back, or over, from another backend, whose guest comes here. Waits a little for that one to leave it.
     fn claim(&mut self) -> Result<(), WorkerError> {
         let Some(delta) = self.part.delta.as_ref().filter(|_| self.elsewhere) else { return Ok(()) };
-        open::lock(&delta.file, &delta.label, CLAIM_PATIENCE)?;
+        open::lock(delta.locked(), &delta.label, CLAIM_PATIENCE)?;
         self.elsewhere = false;
         log::info!("{}: taken over with its guest", delta.label);
         Ok(())

@@ -12,9 +12,9 @@ use crate::block::delta::open;
 use crate::sys::process::Running;
 use crate::sys::uring::RingFiles;
 use crate::sys::{process, socket};
-use crate::vhost_user::attachment::{Offer, Part};
+use crate::vhost_user::attachment::{AttachedDelta, Offer, Part};
 use crate::vhost_user::conversation::{Conversation, ConversationError};
-use crate::vhost_user::order::{Answer, DeltaOrder, Opened, Order, VolumeOrder};
+use crate::vhost_user::order::{Answer, Opened, Order, VolumeOrder};
 use crate::vhost_user::sandbox;
 use crate::vhost_user::vitals::Watch;
 use crate::vhost_user::worker::RING_ARGUMENT;
@@ -73,7 +73,7 @@ impl WorkerError {
 pub struct Equipment {
     /// Where it counts what it does.
     pub counters: File,
-    /// By what it reads what is not in memory; none: by threads.
+    /// By what it has the kernel read and write meanwhile; none: threads do.
     pub rings: Option<RingFiles>,
 }
 
@@ -126,16 +126,16 @@ impl Worker {
         equipment: &Equipment,
         watch: &mut Watch,
     ) -> Result<(Worker, Opened), WorkerError> {
-        let delta = part.delta.as_ref();
         let order = VolumeOrder {
             base: part.base.as_ref().map(|base| base.label.clone()),
-            delta: delta.map(|delta| DeltaOrder { label: delta.label.clone(), ephemeral: delta.ephemeral }),
+            delta: part.delta.as_ref().map(AttachedDelta::order),
+            direct: part.is_direct(),
             queues: offer.queues,
             serial: part.serial,
             hold_ms: offer.hold.as_millis() as u64,
             poll_us: offer.poll.as_micros() as u64,
             log_level: log::max_level() as u8,
-            read_rings: equipment.rings.as_ref().map(RingFiles::shape),
+            kernel_rings: equipment.rings.as_ref().map(RingFiles::shape),
             boot: process::boot_id().map_err(WorkerError::Start)?,
         };
         let result = {

@@ -17,7 +17,7 @@ use fuzz_targets::{Choices, open_descriptors};
 use libfuzzer_sys::fuzz_target;
 use pando::daemon::api::{self, types};
 use pando::daemon::{Backends, Caller, Host, Manner, Places};
-use pando::vhost_user::reads::Io;
+use pando::vhost_user::transfers::Io;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -428,7 +428,7 @@ fn random_body(choices: &mut Choices<'_>, route: Option<&str>) -> Body {
         Some("/v1/images") => &["path", "version", "format"],
         Some("/v1/volumes") => &["name", "kind", "image", "channel", "ephemeral", "bytes", "cluster_bytes"],
         Some("/v1/volumes/{name}/grow") => &["bytes"],
-        Some("/v1/attachments") => &["volume", "vm", "role", "queues", "kernel_from_vmm", "owner"],
+        Some("/v1/attachments") => &["volume", "vm", "role", "queues", "kernel_from_vmm", "delta_cache", "owner"],
         Some("/v1/deployments") => &["image", "channel", "group"],
         Some("/v1/groups/{name}/members") => &["member"],
         Some("/v1/groups/{name}/grants") => &["verb", "on"],
@@ -478,6 +478,7 @@ fn value_of(choices: &mut Choices<'_>, field: &str) -> Value {
         }
         "cluster_bytes" => choices.one_of(&[4096, 65536, 8192, 0, 512, u64::MAX]).into(),
         "queues" => choices.one_of(&[1, 16, 0, 256, 257]).into(),
+        "delta_cache" => choices.one_of(&["writeback", "direct", "x"]).into(),
         "role" => match choices.below(4) {
             0 => json!("os"),
             1 => json!("private"),

@@ -44,8 +44,8 @@ fuzz_target!(|data: &[u8]| {
 /// Reads the state of a keeper, of either version, with some bytes changed, or cut off.
 fn hand_over(choices: &mut Choices<'_>) {
     let frozen: [&[u8]; 2] = [
-        include_bytes!("../../../../tests/frozen/keeper-state-1"),
-        include_bytes!("../../../../tests/frozen/keeper-state-2"),
+        include_bytes!("../../../../tests/frozen/keeper-state-3"),
+        include_bytes!("../../../../tests/frozen/keeper-state-4"),
     ];
     let mut bytes = frozen[choices.below(2) as usize].to_vec();
     for _ in 0..choices.below(8) {
@@ -200,10 +200,11 @@ fn random_order(choices: &mut Choices<'_>) -> Order {
         0 => Order::Open(VolumeOrder {
             base: maybe(choices, text),
             delta: maybe(choices, delta),
+            direct: flag(choices),
             queues: choices.any(),
             serial: maybe(choices, |choices| choices.any()),
             hold_ms: choices.any(),
-            read_rings: None,
+            kernel_rings: None,
             poll_us: choices.any(),
             log_level: choices.any(),
             boot: choices.any(),
@@ -246,6 +247,7 @@ fn volume(choices: &mut Choices<'_>) -> VolumeSpec {
         base: maybe(choices, text),
         delta: maybe(choices, delta),
         serial: maybe(choices, |choices| choices.any()),
+        direct: flag(choices),
     }
 }
 

@@ -3,7 +3,7 @@
 #![no_main]
 
 use std::fs::File;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use fuzz_targets::{Choices, unnamed_file};
 use libfuzzer_sys::fuzz_target;
@@ -13,7 +13,7 @@ use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::{self, Delta, Lifetime};
 use pando::block::storage::FileStorage;
 use pando::block::writes::Writes;
-use pando::block::{Batch, Volume};
+use pando::block::{Batch, BegunWrite, Volume};
 use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::file;
@@ -76,9 +76,9 @@ impl Content {
 
 /// The device, and what the model knows of it.
 struct Disk {
-    volume: Option<Volume>,
+    volume: Option<Arc<Volume>>,
     /// `None`: read-only.
-    delta: Option<(File, Header)>,
+    delta: Option<(File, Option<File>, Header)>,
     sectors: Vec<Content>,
     cluster_sectors: u64,
     writes: u8,
@@ -108,6 +108,7 @@ fuzz_target!(|data: &[u8]| {
 impl Disk {
     fn new(choices: &mut Choices<'_>) -> Disk {
         let read_only = choices.rarely();
+        let past_cache = choices.below(3) == 2;
         let cluster = ClusterSize::from_bytes(choices.one_of(&[4096, 65536])).unwrap();
         let layout = delta::layout::Layout::new(cluster, SECTORS * SECTOR as u64).unwrap();
         let base = BaseIdentity { digest: Digest([1; 32]), bytes: BASE_SECTORS * SECTOR as u64 };
@@ -116,7 +117,9 @@ impl Disk {
             let file = unnamed_file();
             file.set_len(layout.file_bytes()).unwrap();
             delta::format(&FileStorage::new(file.try_clone().unwrap()).unwrap(), &header).unwrap();
-            (file, header)
+            // Files in memory can do that on some hosts.
+            let direct = Some(&file).filter(|_| past_cache).and_then(|file| file::reopen_direct(file).ok());
+            (file, direct, header)
         });
         let sectors = if read_only { BASE_SECTORS } else { SECTORS };
         let mut disk = Disk {
@@ -126,14 +129,15 @@ impl Disk {
             cluster_sectors: if read_only { 8 } else { cluster.bytes() / SECTOR as u64 },
             writes: 0,
         };
-        disk.volume = Some(disk.open());
+        disk.volume = Some(Arc::new(disk.open()));
         disk
     }
 
     fn open(&self) -> Volume {
         let base = Base::map(&BASE, "base".into()).unwrap();
-        let Some((file, header)) = &self.delta else { return Volume::read_only(base) };
-        let storage = FileStorage::new(file.try_clone().unwrap()).unwrap();
+        let Some((file, direct, header)) = &self.delta else { return Volume::read_only(base) };
+        let copy = |file: &File| file.try_clone().unwrap();
+        let storage = FileStorage::with(copy(file), direct.as_ref().map(copy)).unwrap();
         let delta = Delta::start(storage, "fuzz".into(), header.clone(), Lifetime::Persistent).unwrap();
         Volume::cow(base, delta)
     }
@@ -149,7 +153,7 @@ impl Disk {
         {
             volume.close().unwrap();
         }
-        self.volume = Some(self.open());
+        self.volume = Some(Arc::new(self.open()));
     }
 
     fn request(&mut self, choices: &mut Choices<'_>, batch: &mut Batch) {
@@ -200,9 +204,20 @@ impl Disk {
         cached::pretend_cold(how % 3 == 0);
         let memory = GuestMemory::default();
         let manners = [Manner::AtOnce, Manner::Together].map(|manner| manner(Patience::AtOnce));
-        let manner = manners[usize::from(how == 4)];
+        let manner = manners[usize::from(how >= 4)];
         let mut outcome = request::execute(&mut chain, &memory, volume, &SERIAL, batch, manner);
         match outcome.put_off {
+            // As a queue has the kernel do it.
+            Some(PutOff::Write)
+                if how == 4
+                    && let Ok(Some((write, places))) =
+                        BegunWrite::new(volume, outcome.offset, &chain.readable[outcome.data_from..]) =>
+            {
+                for place in places {
+                    file::write_at(volume.file(place.file).unwrap(), &place.buffers, place.offset).unwrap();
+                }
+                write.finish(batch);
+            }
             Some(PutOff::Write) => {
                 let mut writes = Writes::default();
                 writes.put_off(outcome.offset, &chain.readable[outcome.data_from..], 0);
@@ -220,7 +235,7 @@ impl Disk {
                 let (status_place, data) = chain.writable.split_last().unwrap();
                 for place in volume.places(outcome.offset, data, batch).unwrap() {
                     let mut at = place.offset;
-                    for part in place.into {
+                    for part in place.buffers {
                         file::read_at(volume.file(place.file).unwrap(), part, at).unwrap();
                         at += part.len() as u64;
                     }
@@ -229,7 +244,12 @@ impl Disk {
                 Outcome { status_place: Some(*status_place), ..outcome }
             }
             Some(errand) => {
-                assert_eq!(kind, if errand == Errand::Read { IN } else { FLUSH }, "no other is put off");
+                let of_errand: &[u32] = match errand {
+                    Errand::Read => &[IN],
+                    Errand::Flush => &[FLUSH],
+                    Errand::Write => &[DISCARD, WRITE_ZEROES],
+                };
+                assert!(of_errand.contains(&kind), "no other is put off");
                 request::execute(&mut chain, &memory, volume, &SERIAL, batch, Manner::Waits)
             }
         };

@@ -18,11 +18,11 @@ use fuzz_targets::session::front_end::{self as message, FrontEnd, VERSION, longs
 use fuzz_targets::session::guest::{self, Guest, REGION_BYTES, RING_SIZE, RINGS, USER, Wish};
 use fuzz_targets::{Choices, open_descriptors, threads, unnamed_file};
 use libfuzzer_sys::fuzz_target;
-use pando::block::cached;
+use pando::block::{DeltaCache, cached};
 use pando::sys::buffers::Readable;
 use pando::sys::{events, file, shared};
-use pando::vhost_user::reads::Io;
 use pando::vhost_user::steps::{self, ALL, Step};
+use pando::vhost_user::transfers::Io;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Things that happen in one input.
@@ -79,6 +79,10 @@ static POOL: LazyLock<Pool> = LazyLock::new(|| {
     Pool { descriptors }
 });
 
+fn cache(choices: &mut Choices<'_>) -> DeltaCache {
+    if choices.below(3) == 2 { DeltaCache::Direct } else { DeltaCache::Writeback }
+}
+
 /// One input: a backend, and who talks to it.
 struct Play {
     backend: Backend,
@@ -99,7 +103,7 @@ struct Play {
 impl Play {
     fn new(choices: &mut Choices<'_>, io: Io) -> Play {
         let sectors = if choices.rarely() { None } else { Some(choices.one_of(&[203, BASE_SECTORS, 400])) };
-        let served = Volumed::new("first", choices.below(4) != 3 || sectors.is_none(), sectors);
+        let served = Volumed::new("first", choices.below(4) != 3 || sectors.is_none(), sectors, cache(choices));
         let backend = Backend::start(served, io);
         let front_end = FrontEnd::over(backend.connect());
         let (guest, features) = (Guest::new(true), 0);
@@ -402,7 +406,7 @@ impl Play {
             1 => {
                 let sectors = if choices.sometimes() { None } else { Some(choices.one_of(&[300, BASE_SECTORS, 40])) };
                 let has_base = sectors.is_none_or(|sectors| sectors >= BASE_SECTORS && choices.below(2) == 0);
-                self.backend.stage(Volumed::new("staged", has_base, sectors));
+                self.backend.stage(Volumed::new("staged", has_base, sectors, cache(choices)));
             }
             2 => self.backend.unstage(),
             _ => {

@@ -15,7 +15,7 @@ use pando::block::delta::header::{BaseIdentity, Header};
 use pando::block::delta::layout::Layout;
 use pando::block::delta::{self, Delta, Lifetime};
 use pando::block::storage::FileStorage;
-use pando::block::{Error, Volume};
+use pando::block::{DeltaCache, Error, Volume};
 use pando::digest::Digest;
 use pando::sys::buffers::{Readable, Writable};
 use pando::sys::{events, file, socket, stand_in};
@@ -26,8 +26,8 @@ use pando::vhost_user::conversation::Conversation;
 use pando::vhost_user::keeper::{self, KeeperError};
 use pando::vhost_user::order::DeltaOrder;
 use pando::vhost_user::polling::POLL_DEFAULT;
-use pando::vhost_user::reads::Io;
 use pando::vhost_user::service::Equipment;
+use pando::vhost_user::transfers::Io;
 use pando::vhost_user::{counters, worker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -52,13 +52,15 @@ pub struct Volumed {
     pub tag: String,
     /// None: read-only.
     delta: Option<File>,
+    /// The same, opened for its data to go past the page cache, if it does and the host's files in memory can be.
+    direct: Option<File>,
     has_base: bool,
     pub disk: Disk,
 }
 
 impl Volumed {
     /// One to which nothing was written; of an image alone, without `sectors`.
-    pub fn new(tag: &str, has_base: bool, sectors: Option<u64>) -> Volumed {
+    pub fn new(tag: &str, has_base: bool, sectors: Option<u64>, cache: DeltaCache) -> Volumed {
         let base_sectors = if has_base { BASE_SECTORS } else { 0 };
         let delta = sectors.map(|sectors| {
             let layout = Layout::new(ClusterSize::DEFAULT, sectors * SECTOR as u64).expect("a size");
@@ -71,7 +73,9 @@ impl Volumed {
             delta
         });
         let disk = Disk::new(base_sectors, sectors.unwrap_or(base_sectors));
-        Volumed { tag: tag.to_owned(), delta, has_base, disk }
+        let direct = delta.as_ref().filter(|_| cache == DeltaCache::Direct);
+        let direct = direct.and_then(|delta| delta::open::open_direct(delta, tag, false).ok());
+        Volumed { tag: tag.to_owned(), delta, direct, has_base, disk }
     }
 
     fn part(&self) -> Part {
@@ -81,6 +85,7 @@ impl Volumed {
             base: self.has_base.then(|| AttachedBase { file: copy(&BASE), label: "base".to_owned() }),
             delta: self.delta.as_ref().map(|delta| AttachedDelta {
                 file: copy(delta),
+                direct: self.direct.as_ref().map(copy),
                 label: self.tag.clone(),
                 ephemeral: false,
             }),
@@ -92,7 +97,7 @@ impl Volumed {
     fn spec(&self) -> VolumeSpec {
         let delta = self.delta.as_ref().map(|_| DeltaOrder { label: self.tag.clone(), ephemeral: false });
         let base = self.has_base.then(|| "base".to_owned());
-        VolumeSpec { tag: self.tag.clone(), base, delta, serial: None }
+        VolumeSpec { tag: self.tag.clone(), base, delta, serial: None, direct: self.direct.is_some() }
     }
 
     /// Whether writes are refused.
@@ -163,7 +168,7 @@ pub fn prepare() {
         }
         stand_in::prepare(worker::stand_in).expect("the manners of a backend");
         LazyLock::force(&BASE);
-        Backend::start(Volumed::new("first", true, Some(BASE_SECTORS)), Io::Auto).stop();
+        Backend::start(Volumed::new("first", true, Some(BASE_SECTORS), DeltaCache::Writeback), Io::Auto).stop();
     });
 }
 

@@ -30,7 +30,7 @@ const LIMIT: usize = 0;
 const OURS: usize = 1;
 
 /// What is drawn of all lines, in groups: a line's name in the suite, and what a reader is told.
-const GROUPS: [(&str, &[(&str, &str)]); 4] = [
+const GROUPS: [(&str, &[(&str, &str)]); 5] = [
     (
         "Reads from memory",
         &[
@@ -64,6 +64,14 @@ const GROUPS: [(&str, &[(&str, &str)]); 4] = [
         &[
             ("4k random read, base, nothing in memory, depth 32", "4k random read, depth 32"),
             ("64k sequential read, base, nothing in memory, depth 8", "64k sequential read, depth 8"),
+        ],
+    ),
+    (
+        "Private data past the page cache",
+        &[
+            ("4k random read, delta past the page cache, depth 32", "4k random read, depth 32"),
+            ("4k first-touch write, random, past the page cache, depth 32", "4k first-touch write, depth 32"),
+            ("4k overwrite, random, past the page cache, depth 32", "4k overwrite, depth 32"),
         ],
     ),
 ];
@@ -168,7 +176,7 @@ mod tests {
     fn record() -> Record {
         let rows = ROWS.iter().enumerate().map(|(index, row)| RowRecord {
             name: row.name.to_owned(),
-            limit: if row.cold { Vec::new() } else { vec![sample(0.5)] },
+            limit: if row.waits() { Vec::new() } else { vec![sample(0.5)] },
             bare_pread: Vec::new(),
             samples: (0..CONTESTANTS.len())
                 .map(|it| if it == 1 && row.writes() { Vec::new() } else { vec![sample((index + it + 1) as f64)] })

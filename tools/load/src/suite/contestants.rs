@@ -28,6 +28,8 @@ pub struct Volume {
     pub private: PathBuf,
     pub socket: PathBuf,
     pub queues: usize,
+    /// Whether the private file's data goes past the page cache.
+    pub direct: bool,
 }
 
 pub struct Contestant {
@@ -128,6 +130,8 @@ fn pando_command(programs: &Programs, volume: &Volume) -> Vec<OsString> {
         BASE_DIGEST,
         "--delta",
         &volume.private,
+        "--delta-cache",
+        if volume.direct { "direct" } else { "writeback" },
         "--socket-path",
         &volume.socket,
     ]
@@ -146,14 +150,14 @@ fn qcow2_create(programs: &Programs, volume: &Volume, option: &str) -> Result<()
 }
 
 fn qsd_command(programs: &Programs, volume: &Volume, overlay: bool) -> Vec<OsString> {
-    let file = |node: &str, path: &Path, mode: &str| {
-        let path = path.display();
-        format!("driver=file,node-name={node},filename={path},aio=io_uring,cache.direct=off{mode}")
+    let file = |node: &str, path: &Path, direct: bool, mode: &str| {
+        let (path, direct) = (path.display(), if direct { "on" } else { "off" });
+        format!("driver=file,node-name={node},filename={path},aio=io_uring,cache.direct={direct}{mode}")
     };
-    let base = file("base", &volume.base, ",read-only=on");
+    let base = file("base", &volume.base, false, ",read-only=on");
     let mut command = words![&programs.qemu_storage_daemon, "--object", "iothread,id=io0", "--blockdev", base,];
     if overlay {
-        let private = file("private", &volume.private, ",discard=unmap");
+        let private = file("private", &volume.private, volume.direct, ",discard=unmap");
         let qcow2 = "driver=qcow2,node-name=overlay,file=private,backing=base,discard=unmap";
         command.extend(words!["--blockdev", private, "--blockdev", qcow2]);
     }

@@ -27,7 +27,7 @@ use crate::device::{Greeting, Setup};
 use crate::drive::{self, Tally, Wait};
 use crate::process::Backend;
 use crate::run::{self, Driver};
-use crate::suite::contestants::{CONTESTANTS, Contestant, Programs};
+use crate::suite::contestants::{CONTESTANTS, Contestant, Programs, Volume};
 use crate::suite::limit::{Bench, Reading};
 use crate::suite::record::{Identity, Record, RowRecord, Sample, Settings};
 use crate::suite::rows::{BASE_BYTES, ROWS, Row};
@@ -148,10 +148,10 @@ impl Suite<'_> {
             for (row, record) in rows.iter().zip(&mut records) {
                 let label = format!("round {} of {rounds}: {}", round + 1, row.name);
                 progress(&label);
-                if self.manner.with_limit && !row.cold {
+                if self.manner.with_limit && !row.waits() {
                     record.limit.push(self.limit(row, round, Reading::Copy)?);
                 }
-                if self.manner.with_limit && !row.cold && row.measured.mix == Mix::Read {
+                if self.manner.with_limit && !row.waits() && row.measured.mix == Mix::Read {
                     record.bare_pread.push(self.limit(row, round, Reading::Pread)?);
                 }
                 for place in 0..self.contestants.len() {
@@ -202,6 +202,7 @@ impl Suite<'_> {
         watch: impl FnOnce(&Backend, &mut dyn FnMut() -> Result<Tally>) -> Result<T>,
     ) -> Result<T> {
         let volume = if row.cold { self.site.cold_volume(row.queues)? } else { self.site.volume(0, row.queues) };
+        let volume = Volume { direct: row.direct, ..volume };
         (contestant.prepare)(&self.site.programs, &volume).context("making the private file")?;
         let command = (contestant.command)(&self.site.programs, &volume);
         let mut backend = Backend::start(&command, &volume.socket, &self.site.log())?;

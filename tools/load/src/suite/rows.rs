@@ -21,11 +21,18 @@ pub struct Row {
     pub queues: usize,
     /// How the driver learns of completions, where that is the point of the line.
     pub wait: Option<Wait>,
-    /// Over a base of which nothing is in memory when the backend starts. The machine's own limit is none of a loop's.
+    /// Over a base of which nothing is in memory when the backend starts.
     pub cold: bool,
+    /// With a private file whose data goes past the page cache. The base stays in it.
+    pub direct: bool,
 }
 
 impl Row {
+    /// Whether it waits for the disk all the time, so that the machine's own limit is none of a loop's.
+    pub fn waits(&self) -> bool {
+        self.cold || self.direct
+    }
+
     /// Whether it takes a disk that can be written.
     pub fn writes(&self) -> bool {
         let mut all = self.before.iter().chain([&self.measured]);
@@ -88,7 +95,7 @@ pub const ROWS: &[Row] = &[
         // The kernel keeps what was written in one piece in large folios, and a file system that
         // tracks their blocks one by one makes each later small write to them pay for all.
         name: "4k overwrite of what was written 1m at a time, depth 32",
-        before: &[Workload { block_bytes: MIB, depth: 4, ..OVERWRITE_FILL }],
+        before: &[LARGE_FILL],
         measured: Workload { mix: Mix::Write, range_bytes: OVERWRITE_FILL.range_bytes, ..READ.measured },
         ..READ
     },
@@ -132,6 +139,41 @@ pub const ROWS: &[Row] = &[
         cold: true,
         ..READ
     },
+    Row {
+        name: "4k random read, delta past the page cache, depth 32",
+        before: &[LARGE_FILL],
+        measured: Workload { range_bytes: LARGE_FILL.range_bytes, ..READ.measured },
+        direct: true,
+        ..READ
+    },
+    Row {
+        name: "4k first-touch write, random, past the page cache, depth 32",
+        before: &[],
+        measured: Workload { order: Order::Once, mix: Mix::Write, ..READ.measured },
+        direct: true,
+        ..READ
+    },
+    Row {
+        name: "4k overwrite, random, past the page cache, depth 32",
+        before: &[LARGE_FILL],
+        measured: Workload { mix: Mix::Write, range_bytes: LARGE_FILL.range_bytes, ..READ.measured },
+        direct: true,
+        ..READ
+    },
+    Row {
+        name: "64k overwrite, sequential, past the page cache, depth 8",
+        before: &[LARGE_FILL],
+        measured: Workload {
+            order: Order::Sequential,
+            mix: Mix::Write,
+            block_bytes: 64 * KIB,
+            depth: 8,
+            range_bytes: LARGE_FILL.range_bytes,
+            ..READ.measured
+        },
+        direct: true,
+        ..READ
+    },
 ];
 
 /// What the lines vary: random 4 KiB reads of a base that has been read once.
@@ -149,6 +191,7 @@ const READ: Row = Row {
     queues: 1,
     wait: None,
     cold: false,
+    direct: false,
 };
 
 /// Reads all of the base once, in order.
@@ -163,6 +206,8 @@ const PASS: Workload = Workload {
 const HALF_PASS: Workload = Workload { range_bytes: GIB, ..PASS };
 const OVERWRITE_FILL: Workload =
     Workload { mix: Mix::Write, block_bytes: 4 * KIB, depth: 32, range_bytes: GIB / 2, ..PASS };
+/// The same in large pieces.
+const LARGE_FILL: Workload = Workload { block_bytes: MIB, depth: 4, ..OVERWRITE_FILL };
 /// For what is flushed, so that the run does not wait for the disk.
 const SMALL_FILL: Workload = Workload { range_bytes: GIB / 16, ..OVERWRITE_FILL };
 const FLUSH: Workload = Workload { mix: Mix::Flush, requests_max: Some(1), depth: 1, ..PASS };

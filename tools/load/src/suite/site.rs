@@ -88,6 +88,7 @@ impl Site {
             private: self.directory.join(format!("private-{index}")),
             socket: self.directory.join(format!("socket-{index}")),
             queues,
+            direct: false,
         }
     }
 

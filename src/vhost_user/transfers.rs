@@ -1,7 +1,8 @@
-//! [`Reads`]: reads of a queue that the kernel carries out while the queue goes on with others.
+//! [`Transfers`]: reads and writes of a queue that the kernel carries out while the queue goes on with others.
 //!
-//! Each goes straight from the page cache, or the disk, to the guest's buffers. A queue takes one of its worker's rings ([`Rings`]) when it first has such a read, and keeps it until
-//! it ends. What the kernel does not read whole, for whatever reason, is for [`super::errands`], and so is everything where there is no ring.
+//! Each goes straight between the page cache, or the disk, and the guest's buffers: reads of what is not in memory, and writes past the page cache. A queue takes one of its
+//! worker's rings ([`Rings`]) when it first has one, and keeps it until it ends. What the kernel does not move whole, for whatever reason, is for [`super::errands`], and so is
+//! everything where there is no ring.
 
 use std::fmt;
 use std::io;
@@ -13,13 +14,13 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use crate::block::cached::Patience;
-use crate::block::{Batch, Sources, Volume, VolumeFile};
-use crate::sys::buffers::Writable;
+use crate::block::{Batch, BegunWrite, Place, Places, Sources, Volume, VolumeFile};
+use crate::sys::buffers::{Buffer, Readable, Writable};
 use crate::sys::events::Epoll;
 use crate::sys::guest::GuestMemory;
-use crate::sys::uring::{FILES, RingFiles, Shape, Uring};
+use crate::sys::uring::{self, FILES, RingFiles, Shape, Uring};
 
-/// By what a backend reads what is not in memory.
+/// By what a backend waits for the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Io {
     /// By io_uring where the host has it and allows it, and by threads elsewhere.
@@ -68,7 +69,7 @@ impl Io {
         match RingFiles::create(queues.clamp(1, RINGS_MAX).into()) {
             Ok(rings) => Ok(Some(rings)),
             Err(error) if self == Io::Auto => {
-                log::info!("no io_uring here ({error}): threads read what is not in memory");
+                log::info!("no io_uring here ({error}): threads wait for the disk");
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -96,7 +97,13 @@ impl Rings {
         Rings { files: Mutex::new(files.into_iter().map(Arc::new).collect()), shape }
     }
 
-    /// A ring that is free, to read the volume's files by.
+    /// Waits until the kernel is done with what earlier processes had it do.
+    pub fn wait_for_last(&self) -> io::Result<()> {
+        let files = self.files.lock().expect("no holder of this lock panics");
+        files.iter().try_for_each(|file| uring::wait_for_last(file, &self.shape))
+    }
+
+    /// A ring that is free, for the volume's files.
     fn take(&self, volume: &Volume) -> Option<Uring> {
         let mut files = self.files.lock().expect("no holder of this lock panics");
         let position = files.iter().position(|file| Arc::strong_count(file) == 1)?;
@@ -105,7 +112,7 @@ impl Rings {
         match Uring::adopt(Arc::clone(&files[position]), self.shape, of_volume) {
             Ok(uring) => Some(uring),
             Err(error) => {
-                log::warn!("a ring for reads cannot be used, so that threads wait for the disk: {error}");
+                log::warn!("a ring cannot be used, so that threads wait for the disk: {error}");
                 files.remove(position);
                 None
             }
@@ -113,8 +120,8 @@ impl Rings {
     }
 }
 
-/// A request to read.
-pub struct ReadRequest<'m> {
+/// A request whose bytes are to be moved.
+pub struct Request<'m> {
     /// Where its chain begins.
     pub head: u16,
     /// When the queue took it.
@@ -125,21 +132,24 @@ pub struct ReadRequest<'m> {
     pub status_place: Writable<'m>,
 }
 
-/// A read that the kernel is done with.
+/// A request that the kernel is done with.
 pub struct Finished<'m> {
-    pub request: ReadRequest<'m>,
+    pub request: Request<'m>,
     /// Bytes that were asked for.
     pub bytes: u32,
-    /// Where they came from.
+    /// Where bytes that were read came from.
     pub sources: Sources,
-    /// Not all of them were read.
+    /// What it is to the volume if it is a write.
+    pub write: Option<BegunWrite>,
+    /// Not all of it was moved.
     pub failed: bool,
 }
 
-/// The reads of a queue.
-pub struct Reads<'m> {
+/// The transfers of a queue.
+pub struct Transfers<'m> {
     /// Where to get a ring; none: no further one.
     rings: Option<Arc<Rings>>,
+    /// Ahead of what is under way: dropped, it waits for that.
     uring: Option<Uring>,
     gives_up: bool,
     under_way: Vec<Option<UnderWay<'m>>>,
@@ -148,14 +158,14 @@ pub struct Reads<'m> {
     count: usize,
     /// Those that are done and that nobody has taken.
     finished: Vec<Finished<'m>>,
-    /// How often reads have been submitted.
+    /// How often transfers have been submitted.
     submissions: u32,
     /// Whether any was under way when all had been submitted.
     disk_works: bool,
 }
 
 struct UnderWay<'m> {
-    read: Finished<'m>,
+    request: Finished<'m>,
     places: SmallVec<[(VolumeFile, u64, u64); 2]>,
     /// Of these, how many are not done, and the bytes of those that are.
     remaining: usize,
@@ -164,10 +174,10 @@ struct UnderWay<'m> {
     submission: u32,
 }
 
-impl<'m> Reads<'m> {
+impl<'m> Transfers<'m> {
     /// None yet. Without rings, there never are any.
-    pub fn new(rings: Option<Arc<Rings>>) -> Reads<'m> {
-        Reads {
+    pub fn new(rings: Option<Arc<Rings>>) -> Transfers<'m> {
+        Transfers {
             rings,
             uring: None,
             gives_up: false,
@@ -199,58 +209,103 @@ impl<'m> Reads<'m> {
         self.count
     }
 
-    /// Begins a read into `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it. `epoll` wakes who waits for its end. The disk
+    /// Whether there is a ring with room for so many. `epoll` wakes who waits for the end of one.
+    fn has_room(&mut self, count: usize, volume: &Volume, epoll: &Epoll) -> bool {
+        if self.uring.is_none() {
+            // Asked once: where all are taken, this queue does without.
+            self.uring = self.rings.take().and_then(|rings| rings.take(volume));
+            let added = self.uring.as_ref().map(|uring| epoll.add_edge(&uring.as_fd()));
+            if let Some(Err(error)) = added {
+                log::warn!("a ring cannot be waited for, so that threads wait for the disk: {error}");
+                self.uring = None;
+            }
+        }
+        self.uring.as_ref().is_some_and(|uring| !self.gives_up && uring.room() >= count)
+    }
+
+    /// Begins a read into `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it. The disk
     /// may be told of it at once, unless the batch `has_others` that are to be shown before that.
-    pub fn begin(
+    pub fn begin_read(
         &mut self,
-        request: ReadRequest<'m>,
+        request: Request<'m>,
         data: &[Writable<'m>],
         volume: &Volume,
         memory: &Arc<GuestMemory>,
         epoll: &Epoll,
         has_others: bool,
     ) -> bool {
-        if self.uring.is_none() {
-            // Asked once: where all are taken, this queue does without.
-            self.uring = self.rings.take().and_then(|rings| rings.take(volume));
-            let added = self.uring.as_ref().map(|uring| epoll.add_edge(&uring.as_fd()));
-            if let Some(Err(error)) = added {
-                log::warn!("a ring for reads cannot be waited for, so that threads wait for the disk: {error}");
-                self.uring = None;
-            }
+        if !self.has_room(1, volume, epoll) {
+            return false;
         }
-        let Some(uring) = self.uring.as_mut().filter(|_| !self.gives_up) else { return false };
         let mut batch = Batch::default();
         // Whoever does it instead finds out what is wrong.
         let Ok(places) = volume.places(request.offset, data, &mut batch) else { return false };
-        if uring.room() < places.len() {
+        let request = Finished {
+            request,
+            bytes: data.iter().map(|buffer| buffer.len() as u32).sum(),
+            sources: batch.take_sources(),
+            write: None,
+            failed: false,
+        };
+        let begins = self.begin(request, &places, |uring, place, number| {
+            uring.read(place.file as usize, place.offset, &place.buffers, memory, number)
+        });
+        if begins
+            && self.disk_works
+            && !has_others
+            && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER)
+        {
+            self.submit_all(volume);
+        }
+        begins
+    }
+
+    /// Begins a write of `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it.
+    pub fn begin_write(
+        &mut self,
+        request: Request<'m>,
+        data: &[Readable<'m>],
+        volume: &Arc<Volume>,
+        memory: &Arc<GuestMemory>,
+        epoll: &Epoll,
+    ) -> bool {
+        if !self.has_room(1, volume, epoll) {
             return false;
         }
+        let Ok(Some((write, places))) = BegunWrite::new(volume, request.offset, data) else { return false };
+        let request = Finished {
+            request,
+            bytes: data.iter().map(|buffer| buffer.len() as u32).sum(),
+            sources: Sources::default(),
+            write: Some(write),
+            failed: false,
+        };
+        self.begin(request, &places, |uring, place, number| {
+            uring.write(place.file as usize, place.offset, &place.buffers, memory, number)
+        })
+    }
+
+    /// Has `begin_place` begin each part of a request. Whether it is under way.
+    fn begin<B: Buffer>(
+        &mut self,
+        mut request: Finished<'m>,
+        places: &Places<B>,
+        mut begin_place: impl FnMut(&mut Uring, &Place<B>, u32) -> bool,
+    ) -> bool {
+        let Some(uring) = self.uring.as_mut().filter(|uring| uring.room() >= places.len()) else { return false };
         let number = self.free.last().copied().unwrap_or(self.under_way.len() as u32);
-        let mut failed = false;
-        let mut remaining = 0;
-        for place in &places {
-            if !uring.read(place.file as usize, place.offset, &place.into, memory, number) {
-                failed = true;
-                break;
-            }
-            remaining += 1;
-        }
-        let bytes = data.iter().map(|buffer| buffer.len() as u32).sum();
-        let read = Finished { request, bytes, sources: batch.take_sources(), failed };
+        let remaining = places.iter().take_while(|place| begin_place(uring, place, number)).count();
+        request.failed = remaining < places.len();
         let places = places.iter().map(|place| (place.file, place.offset, place.len)).collect();
         self.count += 1;
         if remaining == 0 {
-            self.finished.push(read);
+            self.finished.push(request);
             return true;
         }
-        let under_way = UnderWay { read, places, remaining, done: 0, submission: self.submissions };
+        let under_way = UnderWay { request, places, remaining, done: 0, submission: self.submissions };
         match self.free.pop() {
             Some(number) => self.under_way[number as usize] = Some(under_way),
             None => self.under_way.push(Some(under_way)),
-        }
-        if self.disk_works && !has_others && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER) {
-            self.submit_all(volume);
         }
         true
     }
@@ -268,7 +323,7 @@ impl<'m> Reads<'m> {
         let result = uring.submit();
         if uring.unsubmitted() > 0 {
             let reason = result.err().map_or("it takes no more".to_owned(), |error| error.to_string());
-            log::debug!("reads are left to threads: {reason}");
+            log::debug!("transfers are left to threads: {reason}");
             while let Some(tag) = self.uring.as_mut().and_then(Uring::withdraw) {
                 self.end(tag, Err(io::ErrorKind::WouldBlock.into()), volume);
             }
@@ -293,30 +348,30 @@ impl<'m> Reads<'m> {
     }
 
     fn collect(&mut self, volume: &Volume) {
-        while let Some(read) = self.uring.as_mut().and_then(Uring::next_ended) {
-            self.end(read.tag, read.result, volume);
+        while let Some(ended) = self.uring.as_mut().and_then(Uring::next_ended) {
+            self.end(ended.tag, ended.result, volume);
         }
     }
 
-    /// Notes the end of a part of a read.
+    /// Notes the end of a part of a transfer.
     fn end(&mut self, number: u32, result: io::Result<usize>, volume: &Volume) {
         let Some(place) = self.under_way.get_mut(number as usize) else { return };
         let Some(under_way) = place else { return };
         under_way.remaining -= 1;
         // Which part it was is not known, so the bytes of all are counted.
-        under_way.read.failed |= result.is_err();
+        under_way.request.failed |= result.is_err();
         under_way.done += result.unwrap_or(0) as u64;
         if under_way.remaining > 0 {
             return;
         }
-        let Some(UnderWay { mut read, places, submission, done, .. }) = place.take() else { return };
+        let Some(UnderWay { mut request, places, submission, done, .. }) = place.take() else { return };
         self.free.push(number);
-        read.failed |= done != places.iter().map(|(_, _, len)| len).sum::<u64>();
-        if !read.failed {
+        request.failed |= done != places.iter().map(|(_, _, len)| len).sum::<u64>();
+        if !request.failed && request.write.is_none() {
             let found = submission == self.submissions;
             places.iter().for_each(|(file, offset, len)| volume.note_read(*file, *offset, *len, found));
         }
-        self.finished.push(read);
+        self.finished.push(request);
     }
 
     /// Waits until one is done.
