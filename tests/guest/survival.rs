@@ -189,7 +189,8 @@ fn workers_die_and_nobody_notices() {
 #[test]
 fn backends_die_and_qemu_finds_them_again() {
     let mut work = Work::new("backends");
-    let (system, mut data) = (work.system("system"), work.data("data", &["--create"]));
+    // What a dead one had under way may still be on its way past the page cache.
+    let (system, mut data) = (work.system("system"), work.data("data", &["--create", "--delta-cache", "direct"]));
     let mut vm = Vm::start(work.dir.path(), "guest", Guest::DebianBare, 2, &[&system, &data], &script(NO_LOOK));
     vm.wait_for("@@ starts");
     let kills = KILLS * times();
