@@ -129,6 +129,11 @@ impl Host {
                 self.event("backend.restarted", &object_of(row), why);
                 self.remove_doomed(&row.volume)
             }
+            // Perhaps for that alone. The next daemon finds none, and starts one.
+            Err(error) if self.backends.is_ending() => {
+                log::info!("{} is left to the next daemon: {}", object_of(row), chain(&error));
+                Ok(())
+            }
             Err(error) => self.give_up(row, &chain(&error)),
         }
     }

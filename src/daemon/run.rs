@@ -135,6 +135,7 @@ async fn serve(mut options: Options) -> Result<(), RunError> {
         log::warn!("systemd could not be told that the daemon is ready: {error}");
     }
     api::server::serve_unix(listener, Arc::clone(&host), end).await;
+    host.backends.note_end();
     log::info!("asked to stop; backends go on");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let _ = std::fs::remove_file(&path);

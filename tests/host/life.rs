@@ -1,7 +1,7 @@
 //! Attachments and the lives of their backends and their daemon.
 
-use rand::SeedableRng;
 use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -104,6 +104,25 @@ fn a_backend_that_dies_is_started_again_on_the_same_socket() {
     assert_eq!(daemon.volume("v")["state"], "failed");
     daemon.detach("a", "v");
     let socket = daemon.attach("v", "a");
+    let mut client = Client::start_on(daemon.connect(&socket), &Profile::qemu(), Guest::new());
+    client.queues[0].work(&mut model, 0..IMAGE_BYTES / SECTOR, &mut rng, 5);
+}
+
+#[test]
+fn a_daemon_that_stops_as_a_backend_dies_leaves_that_to_the_next() {
+    let (mut daemon, mut model) = with_volume();
+    let socket = daemon.attach("v", "a");
+    let mut rng = SmallRng::seed_from_u64(2);
+    for round in 0..12 {
+        kill(&daemon.attachment("a", "v")["process"]);
+        // At some moment of what follows from that.
+        std::thread::sleep(std::time::Duration::from_micros(rng.random_range(0..6_000)));
+        daemon.stop();
+        daemon.start();
+        wait_until("a backend", || daemon.attachment("a", "v")["state"] != "restarting");
+        let now = daemon.attachment("a", "v");
+        assert_eq!((&now["state"], &now["error"]), (&json!("running"), &json!(null)), "round {round}");
+    }
     let mut client = Client::start_on(daemon.connect(&socket), &Profile::qemu(), Guest::new());
     client.queues[0].work(&mut model, 0..IMAGE_BYTES / SECTOR, &mut rng, 5);
 }

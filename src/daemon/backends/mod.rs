@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -191,6 +192,7 @@ pub struct Backends {
     deaths: Mutex<HashMap<i64, Vec<Instant>>>,
     /// Counters of attachments, which outlive their backends.
     counters: Mutex<HashMap<i64, File>>,
+    is_ending: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -216,7 +218,18 @@ impl Backends {
             listeners: Mutex::default(),
             deaths: Mutex::default(),
             counters: Mutex::default(),
+            is_ending: AtomicBool::new(false),
         })
+    }
+
+    /// Notes that this process is about to end: whoever talks to backends is cut off from them.
+    pub fn note_end(&self) {
+        self.is_ending.store(true, Ordering::Release);
+    }
+
+    /// Whether it is.
+    pub fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::Acquire)
     }
 
     /// Whom backends run as, each as another, if not as this process does.
