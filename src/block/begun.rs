@@ -19,9 +19,8 @@ use super::{Batch, Error, Places, Volume, VolumeFile};
 /// A write that is under way. Dropped, it was none.
 pub struct BegunWrite<S: Storage = FileStorage> {
     volume: Arc<Volume<S>>,
-    clusters: RangeInclusive<u64>,
-    /// The first cluster of each stretch of which there is a share.
-    shares: SmallVec<[u64; 2]>,
+    /// Clusters of which there is a share: of each stretch that the delta did not hold.
+    shares: SmallVec<[RangeInclusive<u64>; 2]>,
 }
 
 /// A write and where its bytes are to go.
@@ -36,7 +35,7 @@ impl<S: Storage> BegunWrite<S> {
         delta.check_latch()?;
         let cluster = delta.layout().cluster();
         let clusters = cluster.containing(offset)..=cluster.containing(offset + len - 1);
-        let mut begun = BegunWrite { volume: Arc::clone(volume), clusters: clusters.clone(), shares: SmallVec::new() };
+        let mut begun = BegunWrite { volume: Arc::clone(volume), shares: SmallVec::new() };
         let mut first = *clusters.start();
         while first <= *clusters.end() {
             let last = (first | (CLUSTERS_PER_STRETCH - 1)).min(*clusters.end());
@@ -45,7 +44,7 @@ impl<S: Storage> BegunWrite<S> {
                 if !volume.exclusion(first).try_share() {
                     return Ok(None);
                 }
-                begun.shares.push(first);
+                begun.shares.push(first..=last);
             }
             first = last + 1;
         }
@@ -72,14 +71,13 @@ impl<S: Storage> BegunWrite<S> {
     pub fn finish(self, batch: &mut Batch) {
         let Some(delta) = self.volume.delta() else { return };
         delta.note_written();
-        if !self.shares.is_empty() {
-            self.clusters.clone().for_each(|cluster| delta.mark(cluster, batch.marks()));
-        }
+        // Of no others: what was held may have been made zero since, and is not to come back.
+        self.shares.iter().cloned().flatten().for_each(|cluster| delta.mark(cluster, batch.marks()));
     }
 }
 
 impl<S: Storage> Drop for BegunWrite<S> {
     fn drop(&mut self) {
-        self.shares.iter().for_each(|cluster| self.volume.exclusion(*cluster).give_back());
+        self.shares.iter().for_each(|clusters| self.volume.exclusion(*clusters.start()).give_back());
     }
 }

@@ -209,8 +209,8 @@ impl<'m> Transfers<'m> {
         self.count
     }
 
-    /// Whether there is a ring with room for so many. `epoll` wakes who waits for the end of one.
-    fn has_room(&mut self, count: usize, volume: &Volume, epoll: &Epoll) -> bool {
+    /// Whether there is a ring with room. `epoll` wakes who waits for the end of a transfer.
+    fn has_room(&mut self, volume: &Volume, epoll: &Epoll) -> bool {
         if self.uring.is_none() {
             // Asked once: where all are taken, this queue does without.
             self.uring = self.rings.take().and_then(|rings| rings.take(volume));
@@ -220,7 +220,7 @@ impl<'m> Transfers<'m> {
                 self.uring = None;
             }
         }
-        self.uring.as_ref().is_some_and(|uring| !self.gives_up && uring.room() >= count)
+        self.uring.as_ref().is_some_and(|uring| !self.gives_up && uring.room() > 0)
     }
 
     /// Begins a read into `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it. The disk
@@ -234,7 +234,7 @@ impl<'m> Transfers<'m> {
         epoll: &Epoll,
         has_others: bool,
     ) -> bool {
-        if !self.has_room(1, volume, epoll) {
+        if !self.has_room(volume, epoll) {
             return false;
         }
         let mut batch = Batch::default();
@@ -269,7 +269,7 @@ impl<'m> Transfers<'m> {
         memory: &Arc<GuestMemory>,
         epoll: &Epoll,
     ) -> bool {
-        if !self.has_room(1, volume, epoll) {
+        if !self.has_room(volume, epoll) {
             return false;
         }
         let Ok(Some((write, places))) = BegunWrite::new(volume, request.offset, data) else { return false };

@@ -99,6 +99,20 @@ fn one_that_never_arrives_was_none() {
     assert!(read(&volume, 0, 3 * CLUSTER) == [0; 3 * CLUSTER]);
 }
 
+/// Also where it keeps nobody away, because the delta had all of it.
+#[test]
+fn what_is_made_zero_meanwhile_does_not_come_back() {
+    let volume = volume();
+    // All of the first stretch is held, and nothing of the second.
+    write(&volume, 0, &[1; 256 * CLUSTER]);
+    let bytes = [7; 3 * CLUSTER - 1024];
+    let begun = begin(&volume, 254 * CLUSTER + 1024, &bytes).unwrap();
+    volume.write_zeroes(254 * CLUSTER as u64, CLUSTER as u64, false, &mut Batch::default()).unwrap();
+    arrive(&volume, begun);
+    assert!(read(&volume, 254 * CLUSTER, 1024) == [0; 1024]);
+    assert!(read(&volume, 255 * CLUSTER, 2 * CLUSTER) == bytes[..2 * CLUSTER]);
+}
+
 /// Does something to the first cluster.
 type Act = fn(&Volume);
 
