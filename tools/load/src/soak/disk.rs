@@ -108,6 +108,8 @@ pub struct Disk {
     pub bytes: Option<u64>,
     pub bytes_max: u64,
     pub cluster_bytes: u64,
+    /// Whether what is written goes past the page cache, where that can be.
+    pub direct: bool,
     pub manner: Manner,
 }
 
@@ -198,6 +200,7 @@ fn disk(index: usize, volume: String, kind: Kind, random: &mut fastrand::Rng) ->
         bytes: (kind != Kind::ReadOnly).then(|| random.u64(14..=18) * MIB),
         bytes_max: 40 * MIB,
         cluster_bytes: if is_first { 4096 } else { [4096, 4096, 8192, 65536][random.usize(..4)] },
+        direct: !is_first && kind != Kind::ReadOnly && random.bool(),
         manner,
     }
 }

@@ -158,6 +158,7 @@ impl Soak {
             pando: self.pando.clone(),
             outages: Default::default(),
             room: self.room.clone(),
+            has_direct: room::takes_direct(&self.directory.join("state/volumes"))?,
         });
         let clerk = Arc::new(Clerk::default());
         clerk.start(&site, &self.watch)?;

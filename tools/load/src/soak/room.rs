@@ -3,8 +3,9 @@
 //! Mounted where this process and what it has started alone see it, so that it goes with them, whatever becomes of them. Without the
 //! rights to, deltas lie where everything else does, and no disk is ever full.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -76,4 +77,14 @@ impl Room {
         ensure!(copied.success(), "cp: {copied}");
         Ok(())
     }
+}
+
+/// Whether files in a directory can be read and written past the page cache.
+pub fn takes_direct(directory: &Path) -> Result<bool> {
+    let path = directory.join(".direct");
+    let opened = OpenOptions::new().create(true).truncate(true).write(true).custom_flags(libc::O_DIRECT).open(&path);
+    if path.exists() {
+        fs::remove_file(&path).with_context(|| path.display().to_string())?;
+    }
+    Ok(opened.is_ok())
 }

@@ -30,6 +30,8 @@ pub struct Site {
     pub outages: Strikes,
     /// Where the deltas are, if that can be full.
     pub room: Option<Arc<Room>>,
+    /// Whether what is written there can go past the page cache.
+    pub has_direct: bool,
 }
 
 /// An answer to something that may have been asked before, without an answer.
@@ -101,7 +103,8 @@ impl Site {
 
     /// Attaches a disk to its machine: where it is served.
     pub fn attach(&self, pulse: &Pulse, disk: &Disk, has_excuse: impl Fn() -> bool) -> Result<PathBuf> {
-        let request = json!({ "volume": disk.volume, "vm": disk.vm() });
+        let cache = if disk.direct && self.has_direct { "direct" } else { "writeback" };
+        let request = json!({ "volume": disk.volume, "vm": disk.vm(), "delta_cache": cache });
         let Insisted { answer, was_repeated } =
             self.insist(pulse, ("POST", "/v1/attachments"), Some(&request), &has_excuse)?;
         let attachment = if answer.is_success() {
