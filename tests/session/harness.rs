@@ -484,14 +484,14 @@ pub fn locked_openings(process: u32) -> Vec<bool> {
     openings
 }
 
-/// Bytes of memory that a process has for itself.
+/// Bytes of memory that a process has for itself, and has written: pages of a program that others execute too are its own alone when those end.
 #[track_caller]
 pub fn private_bytes_of(process: u32) -> u64 {
     let mut text = String::new();
     let file = File::open(format!("/proc/{process}/smaps_rollup"));
     file.and_then(|mut file| file.read_to_string(&mut text)).expect("a running process");
     let field = |line: &str| line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok());
-    text.lines().filter(|line| line.starts_with("Private_")).filter_map(field).map(|kib| kib << 10).sum()
+    text.lines().filter(|line| line.starts_with("Private_Dirty:")).filter_map(field).map(|kib| kib << 10).sum()
 }
 
 /// Waits until something is so.
