@@ -1,5 +1,6 @@
 //! [`run`]: the daemon from its start to its end.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 
 use crate::sys::{file, process};
 use crate::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
@@ -99,13 +101,24 @@ async fn serve(mut options: Options) -> Result<(), RunError> {
 
     let watching = Arc::clone(&host);
     tokio::spawn(async move {
+        // What follows from them may take its time. Those of one attachment are taken one after another: a backend that dies may have said before which
+        // image its guest has booted into, and the next one has to serve that.
+        let mut last: HashMap<i64, JoinHandle<()>> = HashMap::new();
         while let Some(notice) = noticed.recv().await {
-            let host = Arc::clone(&watching);
-            // In their order; what follows from them may take its time.
-            if let Notice::Switched { attachment, bytes, .. } = &notice {
-                host.backends.note_switched(*attachment, *bytes);
+            let (host, attachment) = (Arc::clone(&watching), notice.attachment());
+            if let Notice::Switched { bytes, .. } = &notice {
+                host.backends.note_switched(attachment, *bytes);
             }
-            tokio::task::spawn_blocking(move || take_notice(&host, notice));
+            let before = last.remove(&attachment);
+            let taken = tokio::spawn(async move {
+                if let Some(before) = before {
+                    // One that has panicked is over, too.
+                    let _ = before.await;
+                }
+                let _ = tokio::task::spawn_blocking(move || take_notice(&host, notice)).await;
+            });
+            last.retain(|_, taken| !taken.is_finished());
+            last.insert(attachment, taken);
         }
     });
 

@@ -1,6 +1,7 @@
 //! Images that change below volumes: at a guest's boot, and at nothing else.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
@@ -247,6 +248,52 @@ fn a_volume_that_grows_is_as_large_on_its_next_image() {
     assert_eq!(client.capacity(), (bytes / SECTOR) as u64);
     assert_eq!(client.queues[0].read((bytes / SECTOR - 1) as u64, SECTOR), [0; SECTOR]);
     wait_until("the last delta to be gone", || daemon.delta_files().len() == 1);
+}
+
+/// Also while others want something of the volume, so that what is heard of it has to wait.
+#[test]
+fn an_image_that_a_guest_has_booted_into_stays_whoever_dies_then() {
+    let Setup { daemon, old, new } =
+        setup(&[json!({ "name": "os", "kind": "cow", "ephemeral": true, "channel": "os/stable" })]);
+    let mut machine = machine(&daemon, "os");
+    machine.start(&kernel());
+    assert!(machine.reads() == old);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Acquire) {
+                    daemon.ask("POST", "/v1/volumes/os/grow", Some(&json!({ "bytes": 1 }))).problem(422, "invalid");
+                }
+            });
+        }
+        let _over = Over(&is_over);
+        for round in 0..3 {
+            let before = daemon.attachment("vm", "os")["process"].clone();
+            let process = Pid::from_raw(before.as_i64().expect("a process") as i32).expect("a process");
+            let (version, expected) = if round % 2 == 0 { ("os-2", &new) } else { ("os-1", &old) };
+            daemon.set_channel("os/stable", version);
+            machine.start(&firmware());
+            kill_process(process, Signal::KILL).expect("it is killed");
+            wait_until("another backend", || {
+                let now = daemon.attachment("vm", "os");
+                now["state"] == "running" && now["process"] != before
+            });
+            machine.reconnect(&firmware());
+            assert!(machine.reads() == *expected, "round {round}, by the next backend");
+            machine.start(&kernel());
+            assert!(machine.reads() == *expected, "round {round}, the kernel");
+        }
+    });
+}
+
+/// Says at its end that it is over.
+struct Over<'b>(&'b AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// By whatever process it comes to be served, and whatever delta that is by then.

@@ -109,6 +109,20 @@ pub enum Notice {
     Incident { attachment: i64, kind: &'static str, detail: String },
 }
 
+impl Notice {
+    /// Whose backend it is.
+    pub fn attachment(&self) -> i64 {
+        match *self {
+            Notice::Gone { attachment }
+            | Notice::Switched { attachment, .. }
+            | Notice::SwitchFailed { attachment, .. }
+            | Notice::Connected { attachment, .. }
+            | Notice::WorkerDied { attachment, .. }
+            | Notice::Incident { attachment, .. } => attachment,
+        }
+    }
+}
+
 /// What a backend is to serve, open.
 pub struct Part {
     /// What it is to call it.
