@@ -38,7 +38,7 @@ pub enum Through {
 pub enum Finds {
     /// The same as before.
     Same,
-    /// That, or the one that its channel points to.
+    /// That, or the one that its channel points to, or one that it pointed to since.
     Either,
     /// The one that its channel points to, unless somebody has struck at the backend since then, or there was no room for a delta.
     Next { undisturbed: Moment, roomy: Moment },
@@ -113,12 +113,13 @@ impl FrontEnd {
     fn settle_image(&mut self, held: &mut Held, driver: Driver, finds: Finds) -> Result<()> {
         let seen = self.look(held)?;
         let (same, next) = (self.image, self.wanted);
+        let is_older = seen == same || seen.is_some_and(|image| self.passed.contains(&image));
         let is_allowed = match finds {
             Finds::Same => seen == same,
-            Finds::Either => seen == same || seen == next,
+            Finds::Either => seen == next || is_older,
             Finds::Next { undisturbed, roomy } => {
                 let is_excused = self.undisturbed_since() != Some(undisturbed) || self.site.was_full_since(roomy);
-                seen == next || seen == same && is_excused
+                seen == next || is_older && is_excused
             }
             Finds::Fresh => seen == next,
         };
@@ -150,6 +151,9 @@ impl FrontEnd {
             self.clerk.expect("image.active", &disk.object());
         }
         self.image = seen;
+        if seen == next {
+            self.passed.clear();
+        }
         Ok(())
     }
 
@@ -193,7 +197,7 @@ impl FrontEnd {
         self.clerk.expect("channel.moved", &format!("channel:{channel}"));
         self.clerk.allow("channel.moved", &format!("channel:{channel}"));
         self.site.demand(&self.pulse, ("PUT", &path), Some(&json!({ "image": next.version() })), || false)?;
-        self.wanted = Some(next);
+        self.passed.extend(self.wanted.replace(next));
         Ok(())
     }
 

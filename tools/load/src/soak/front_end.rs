@@ -48,6 +48,8 @@ pub struct FrontEnd {
     pub image: Option<Image>,
     /// The image that its channel points to.
     pub wanted: Option<Image>,
+    /// Where it pointed before, since the guest was last seen on what it points to: one of these may be staged while the daemon cannot say otherwise.
+    pub passed: Vec<Image>,
     /// What the volume was made to grow to.
     pub grown: Option<u64>,
     pub socket: PathBuf,
@@ -73,6 +75,7 @@ impl FrontEnd {
             config: Config::default(),
             image: machine.disk.image,
             wanted: machine.disk.image,
+            passed: Vec::new(),
             grown: None,
             socket: PathBuf::new(),
             started: Moment::default(),
