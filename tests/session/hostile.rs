@@ -173,7 +173,7 @@ fn requests_that_ask_for_too_much_fail() {
 }
 
 #[test]
-fn a_ring_that_is_wrong_is_served_no_further() {
+pub fn a_ring_that_is_wrong_is_served_no_further() {
     let mut target = Target::new();
     let worker = target.backend.worker();
     for (name, index) in [("far", 129), ("backwards", u16::MAX), ("half round", 32768)] {

@@ -244,6 +244,12 @@ fn a_chain_that_is_wrong_is_one_request_that_fails() {
     cold(hostile::a_chain_that_is_wrong_is_one_request_that_fails);
 }
 
+/// Those that it has taken before are completed.
+#[test]
+fn a_ring_that_is_wrong_is_served_no_further() {
+    cold(hostile::a_ring_that_is_wrong_is_served_no_further);
+}
+
 #[test]
 fn exactly_what_a_request_writes_is_noted() {
     cold(migration::exactly_what_a_request_writes_is_noted);

@@ -204,12 +204,16 @@ impl Queue {
         }
         // When requests ran out.
         let mut idle_since = None;
+        // Why nothing is taken any more. What was taken before is completed.
+        let mut broken = None::<QueueError>;
         loop {
-            let stops = self.again.is_empty() && stop.asked.load(Ordering::Acquire);
+            let stops = broken.is_some() || self.again.is_empty() && stop.asked.load(Ordering::Acquire);
             if stops && away.transfers.count() > 0 {
                 away.transfers.wait().map_err(QueueError::Wait)?;
             } else if stops && away.count > 0 {
                 away.inbox.wait();
+            } else if let Some(error) = broken {
+                return Err(error);
             } else if stops {
                 // What waits for room waits on where this ring goes, unless nobody there knows of it.
                 if self.hold.is_empty() || self.log.is_none() {
@@ -221,7 +225,8 @@ impl Queue {
                 self.hold.take_tries(&mut self.again);
             }
             // What was taken before comes alone, ahead of all that never was.
-            let waiting = if self.again.is_empty() && !stops { self.ring.waiting()? } else { 0 };
+            let found = if self.again.is_empty() && !stops { self.ring.waiting() } else { Ok(0) };
+            let Ok(waiting) = found.map_err(|error| broken = Some(error.into())) else { continue };
             if waiting > 0 || !self.again.is_empty() || away.has_some() {
                 let taken = Instant::now();
                 if let Some(since) = idle_since.take() {
@@ -232,8 +237,9 @@ impl Queue {
                 self.take_moved(&mut away, &mut completions, &mut batch, complaints);
                 let batch_of = (taken, waiting);
                 let all = (&mut completions, &mut batch, &mut writes, &mut away);
-                let result = self.serve_batch(batch_of, &memory, &mut chain, all, epoll, complaints);
-                // What was taken is completed also when the ring broke behind it.
+                if broken.is_none() {
+                    broken = self.serve_batch(batch_of, &memory, &mut chain, all, epoll, complaints).err();
+                }
                 self.carry_out(&mut writes, &mut completions, &mut batch, &memory, complaints);
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 let shown = Instant::now();
@@ -251,12 +257,17 @@ impl Queue {
                     self.vitals.end(self.index);
                 }
                 idle_since = Some(shown);
-                result?;
-            } else if !self.poll(idle_since, stop, &away)? {
-                if !self.resume_kicks() {
-                    self.sleep(epoll, stop)?;
+            } else {
+                match self.poll(idle_since, stop, &away) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        if !self.resume_kicks() {
+                            self.sleep(epoll, stop)?;
+                        }
+                        self.suspend_kicks();
+                    }
+                    Err(error) => broken = Some(error.into()),
                 }
-                self.suspend_kicks();
             }
         }
         self.resume_kicks();
