@@ -62,8 +62,9 @@ fn reconnects_leave_nothing_behind() {
         (processes.map(descriptors_of), processes.map(private_bytes_of))
     };
     let mut before = None;
-    for number in 0..220 {
-        if number == 20 {
+    for number in 0..350 {
+        // Until then, threads still come to have the memory that they will ever need.
+        if number == 150 {
             before = Some(measure());
         }
         let profile = Profile { queues: 1 + number % 3, depth: 8, ..Profile::qemu() };
