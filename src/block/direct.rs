@@ -120,3 +120,41 @@ impl Aligned {
         &mut self.memory[self.start..][..len.min(self.len as u64) as usize]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk with blocks of 4 KiB, as far as this module asks: what it moves by them any disk moves.
+    #[test]
+    fn parts_of_large_blocks_are_read_and_left_to_others_to_write() {
+        let file = tempfile::tempfile().unwrap();
+        let mut contents: Vec<u8> = (0..1 << 20).map(|at| (at / 512) as u8).collect();
+        file::write_at(&file, &[Readable::from_slice(&contents)], 0).unwrap();
+        let Ok(direct) = file::reopen_direct(&file) else {
+            println!("skipped: no O_DIRECT here");
+            return;
+        };
+        let direct = DirectFile { file: direct, block: 4096 };
+        for (offset, len) in [(512, 512), (4096, 8192), (3584, 1024), (512, 600 << 10), ((1 << 20) - 512, 512)] {
+            let mut found = vec![0; len];
+            let (one, other) = found.split_at_mut(len / 3);
+            let into = [Writable::from_mut_slice(one), Writable::from_mut_slice(other)];
+            direct.read_at(&into, offset as u64).unwrap();
+            assert!(found == contents[offset..][..len], "{len} bytes at {offset}");
+        }
+        for (offset, len, is_whole) in [(512, 4096, false), (4096, 512, false), (8192, 300 << 10, true)] {
+            let new = vec![0xee; len];
+            let from = [Readable::from_slice(&new[..len / 3]), Readable::from_slice(&new[len / 3..])];
+            assert_eq!(direct.write_at(&from, offset as u64).unwrap(), is_whole, "{len} bytes at {offset}");
+            if is_whole {
+                contents[offset..][..len].copy_from_slice(&new);
+            }
+        }
+        let mut found = vec![0; contents.len()];
+        file::read_at(&file, Writable::from_mut_slice(&mut found), 0).unwrap();
+        assert!(found == contents, "the page cache has the same");
+        let behind = direct.read_at(&[Writable::from_mut_slice(&mut found[..4096])], 1 << 20);
+        assert_eq!(behind.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

@@ -48,7 +48,7 @@ pub struct Part {
 impl Part {
     /// Whether there is a delta whose data goes past the page cache.
     pub fn is_direct(&self) -> bool {
-        self.delta.as_ref().is_some_and(|delta| delta.direct.is_some())
+        self.delta.as_ref().is_some_and(AttachedDelta::is_direct)
     }
 
     /// Its files, in the order in which messages have them.
@@ -123,6 +123,11 @@ impl AttachedDelta {
     /// Its files, in the order in which messages have them.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         [Some(&self.file), self.direct.as_ref()].into_iter().flatten().map(AsFd::as_fd)
+    }
+
+    /// Whether its data goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
     }
 
     /// Which of them has the lock.

@@ -111,6 +111,24 @@ impl Killer<'_> {
     }
 }
 
+/// Kills so many workers under verified work.
+pub fn kill_meanwhile(seed: u64, kills: usize) {
+    let disk = Disk::new(DISK_BYTES);
+    let backend = disk.serve();
+    let mut client = Client::start(&backend, &profile());
+    let mut storms = storms(&mut client, &disk.contents, seed);
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut killer = Killer::of(&backend, &storms);
+    work(&mut storms, || {
+        let mut killed = 0;
+        while killed < kills {
+            std::thread::sleep(Duration::from_micros(rng.random_range(0..60_000)));
+            killed += usize::from(killer.strike());
+        }
+    });
+    check_all(&disk, backend, client, &mut storms);
+}
+
 #[test]
 fn five_hundred_killed_workers_are_never_noticed() {
     let disk = Disk::new(DISK_BYTES);

@@ -9,7 +9,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use super::client::{Client, Profile, check_served};
-use super::deaths::{Killer, check_all, die_at, profile, storms, work};
+use super::deaths::{die_at, kill_meanwhile};
 use super::harness::{Disk, PATIENCE, SECTOR, direct, direct_by, image_bytes, is_alive, locked_openings, run, text};
 use super::queue::{IN, OK, OUT};
 use super::{deaths, full, gone, migration, requests, upgrades};
@@ -18,22 +18,7 @@ const DISK_BYTES: usize = 8 << 20;
 
 #[test]
 fn workers_that_are_killed_meanwhile_are_never_noticed() {
-    direct(|| {
-        let disk = Disk::new(DISK_BYTES);
-        let backend = disk.serve();
-        let mut client = Client::start(&backend, &profile());
-        let mut storms = storms(&mut client, &disk.contents, 51);
-        let mut rng = SmallRng::seed_from_u64(51);
-        let mut killer = Killer::of(&backend, &storms);
-        work(&mut storms, || {
-            let mut killed = 0;
-            while killed < 60 {
-                std::thread::sleep(std::time::Duration::from_micros(rng.random_range(0..60_000)));
-                killed += usize::from(killer.strike());
-            }
-        });
-        check_all(&disk, backend, client, &mut storms);
-    });
+    direct(|| kill_meanwhile(51, 60));
 }
 
 #[test]

@@ -5,13 +5,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pando::vhost_user::vitals::WEDGED_AFTER;
-use rand::rngs::SmallRng;
-use rand::{RngExt, SeedableRng};
 use rustix::fs::Advice;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use super::client::{Client, Profile, check_served};
-use super::deaths::{Killer, check_all, kill_worker, profile, storms, work};
+use super::deaths::{kill_meanwhile, kill_worker};
 use super::harness::{Backend, Disk, SECTOR, cold, cold_by, text, wait_until};
 use super::queue::{FLUSH, IN, OK, header};
 use super::requests::Chain;
@@ -21,22 +19,7 @@ const DISK_BYTES: usize = 8 << 20;
 
 #[test]
 fn workers_that_are_killed_meanwhile_are_never_noticed() {
-    cold(|| {
-        let disk = Disk::new(DISK_BYTES);
-        let backend = disk.serve();
-        let mut client = Client::start(&backend, &profile());
-        let mut storms = storms(&mut client, &disk.contents, 31);
-        let mut rng = SmallRng::seed_from_u64(31);
-        let mut killer = Killer::of(&backend, &storms);
-        work(&mut storms, || {
-            let mut killed = 0;
-            while killed < 40 {
-                std::thread::sleep(Duration::from_micros(rng.random_range(0..60_000)));
-                killed += usize::from(killer.strike());
-            }
-        });
-        check_all(&disk, backend, client, &mut storms);
-    });
+    cold(|| kill_meanwhile(31, 40));
 }
 
 #[test]

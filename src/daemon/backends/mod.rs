@@ -597,7 +597,7 @@ fn spec_of(part: &Part) -> VolumeSpec {
         base: part.base.as_ref().and(part.image).map(|image| format!("the image {image}")),
         delta: part.delta.as_ref().map(AttachedDelta::order),
         serial: Some(serial_from(&part.serial)),
-        direct: part.delta.as_ref().is_some_and(|delta| delta.direct.is_some()),
+        direct: part.delta.as_ref().is_some_and(AttachedDelta::is_direct),
     }
 }
 
