@@ -160,8 +160,9 @@ pub struct Done {
 pub struct Inbox {
     done: Mutex<Vec<Done>>,
     has_some: AtomicBool,
-    /// For a queue that waits for nothing else.
+    /// For a queue that waits for nothing else, and whether it does.
     more: Condvar,
+    is_awaited: AtomicBool,
     /// Written when there is something.
     pub event: File,
 }
@@ -174,6 +175,7 @@ impl Inbox {
             done: Mutex::default(),
             has_some: AtomicBool::new(false),
             more: Condvar::new(),
+            is_awaited: AtomicBool::new(false),
             event: events::into_file(event),
         })
     }
@@ -194,19 +196,27 @@ impl Inbox {
     /// Waits until something has come back.
     pub fn wait(&self) {
         let mut done = lock(&self.done);
+        self.is_awaited.store(true, Ordering::Relaxed);
         while done.is_empty() {
             done = self.more.wait(done).expect("no holder of this lock panics");
         }
+        self.is_awaited.store(false, Ordering::Relaxed);
     }
 
     fn put(&self, done: Done) {
         let mut waiting = lock(&self.done);
         waiting.push(done);
-        if !self.has_some.swap(true, Ordering::AcqRel) {
+        let is_first = !self.has_some.swap(true, Ordering::AcqRel);
+        let is_awaited = self.is_awaited.load(Ordering::Relaxed);
+        // Ahead of waking the queue, which may take the processor at once and would have to wait for the lock.
+        drop(waiting);
+        if is_first {
             // It cannot be full, so this cannot fail.
             let _ = events::signal(&self.event);
         }
-        self.more.notify_one();
+        if is_awaited {
+            self.more.notify_one();
+        }
     }
 }
 
@@ -239,21 +249,23 @@ impl Errands {
                 Err(_) => {}
             }
         }
+        let mut wakes = &self.shared.more;
         match errand {
             Errand::Read | Errand::Write => state.waiting.push_back(job),
             Errand::Flush => {
                 state.flushes.push(job);
-                if state.awaits > 0 {
-                    if state.flushes.len() >= state.awaits {
-                        state.awaits = 0;
-                        self.shared.company.notify_one();
+                if state.is_flushing {
+                    if state.awaits == 0 || state.flushes.len() < state.awaits {
+                        return Ok(());
                     }
-                    return Ok(());
+                    state.awaits = 0;
+                    wakes = &self.shared.company;
                 }
             }
         }
+        // Whoever is woken may take the processor at once, and needs the lock.
         drop(state);
-        self.shared.more.notify_one();
+        wakes.notify_one();
         Ok(())
     }
 }

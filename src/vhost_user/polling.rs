@@ -4,6 +4,9 @@
 //! request. Looking at the ring meanwhile costs the time of a processor; so it is done for as long as requests have lately come soon enough,
 //! and not at all while nothing comes, nor while something else wants the processor.
 //!
+//! Where there is to be no polling, a glance of a microsecond or two still pays with drivers that make their next request as soon as they are
+//! answered.
+//!
 //! Knows times and no ring.
 
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -26,6 +29,12 @@ const TAKEN_AWAY: Duration = Duration::from_micros(20);
 const YIELD_MIN: Duration = Duration::from_millis(1);
 const YIELD_MAX: Duration = Duration::from_secs(1);
 
+/// How long a glance takes at most: less than falling asleep and being woken.
+const GLANCE: Duration = Duration::from_micros(2);
+/// Of a thousand glances so many have to have paid lately. If not, one is tried now and then, after this many that are not.
+const GLANCES_PAID_MIN: u32 = 750;
+const GLANCES_LEFT_OUT: u32 = 32;
+
 /// Queues of this process that poll at the moment.
 static POLLERS: AtomicU32 = AtomicU32::new(0);
 
@@ -38,6 +47,10 @@ pub struct Polling {
     yields_until: Option<Instant>,
     yields_for: Duration,
     pollers_max: u32,
+    /// Of a thousand glances, how many have lately paid.
+    glances_paid: u32,
+    /// Glances left out since the last one.
+    glances_left_out: u32,
 }
 
 /// One queue among those that poll.
@@ -49,7 +62,37 @@ impl Polling {
         let limit = limit.min(POLL_MAX);
         // The last processor is for whoever makes the requests.
         let pollers_max = process::processors().saturating_sub(1);
-        Polling { limit, gap: limit * GAP_LIMITS, yields_until: None, yields_for: YIELD_MIN, pollers_max }
+        Polling {
+            limit,
+            gap: limit * GAP_LIMITS,
+            yields_until: None,
+            yields_for: YIELD_MIN,
+            pollers_max,
+            glances_paid: 1000,
+            glances_left_out: 0,
+        }
+    }
+
+    /// How long to look at the ring when the driver has been answered and there is to be no polling; `None`: not at all. What comes of it is
+    /// for [`Polling::glanced`].
+    ///
+    /// Many a driver makes its next request at once, and then a glance costs less than falling asleep and being woken, whoever else wants the
+    /// processor.
+    pub fn glance(&mut self) -> Option<Duration> {
+        if self.limit.is_zero() {
+            return None;
+        }
+        if self.glances_paid < GLANCES_PAID_MIN && self.glances_left_out < GLANCES_LEFT_OUT {
+            self.glances_left_out += 1;
+            return None;
+        }
+        self.glances_left_out = 0;
+        Some(self.limit.min(GLANCE))
+    }
+
+    /// Notes whether a request came during a glance.
+    pub fn glanced(&mut self, paid: bool) {
+        self.glances_paid = self.glances_paid - self.glances_paid / WEIGHT + if paid { 1000 / WEIGHT } else { 0 };
     }
 
     /// How long to poll from `now`, when requests have just run out; `None`: not at all.
@@ -143,6 +186,7 @@ mod tests {
         let mut polling = Polling::new(Duration::ZERO);
         (0..40).for_each(|_| polling.came_after(Duration::ZERO));
         assert_eq!(polling.window(Instant::now()), None);
+        assert_eq!(polling.glance(), None);
     }
 
     #[test]
@@ -161,6 +205,26 @@ mod tests {
         assert!(polling.window(now + micros(2000)).is_some());
         (0..500).for_each(|_| polling.was_left_alone());
         assert_eq!(polling.yields_for, YIELD_MIN);
+    }
+
+    #[test]
+    fn it_glances_while_that_pays_and_now_and_then_when_it_does_not() {
+        let mut polling = Polling::new(POLL_DEFAULT);
+        for _ in 0..100 {
+            assert_eq!(polling.glance(), Some(GLANCE), "it has always paid");
+            polling.glanced(true);
+        }
+        let mut glance = |pays| {
+            let looks = polling.glance().is_some();
+            if looks {
+                polling.glanced(pays);
+            }
+            looks
+        };
+        let useless = (0..1000).filter(|_| glance(false)).count();
+        assert!((1000 / 33..40).contains(&useless), "{useless} of 1,000 that do not pay");
+        let useful = (0..1000).filter(|_| glance(true)).count();
+        assert!(useful > 500, "{useful} of 1,000 that pay again");
     }
 
     #[test]

@@ -339,9 +339,11 @@ impl Ring {
 
     /// Tells the driver that it need not kick for a while.
     pub fn suspend_kicks(&self) {
-        // With event indexes the last one asked for lies behind by now, which says the same.
         if !self.event_idx {
             self.used.store_release(FLAGS_AT, USED_FLAG_NO_NOTIFY);
+        } else if self.used.load(self.kick_event_at()) == self.next_available {
+            // The request for which a kick is asked has not come. Once it has, that lies behind, and says as much as this.
+            self.used.store_release(self.kick_event_at(), self.next_available.wrapping_sub(1));
         }
     }
 
@@ -349,12 +351,16 @@ impl Ring {
     /// kick may come, or memory is gone.
     pub fn resume_kicks(&self) -> bool {
         if self.event_idx {
-            self.used.store_release(ENTRIES_AT + usize::from(self.size) * USED_ENTRY_BYTES, self.next_available);
+            self.used.store_release(self.kick_event_at(), self.next_available);
         } else {
             self.used.store_release(FLAGS_AT, 0);
         }
         full_barrier();
         self.has_waiting()
+    }
+
+    fn kick_event_at(&self) -> usize {
+        ENTRIES_AT + usize::from(self.size) * USED_ENTRY_BYTES
     }
 
     /// Whether requests wait, or memory is gone, as the next check says.

@@ -131,3 +131,25 @@ fn kicks_are_asked_for_as_the_reference_asks() {
         }
     }
 }
+
+/// A device that sleeps may be woken by something else than the kick that it has asked for.
+#[test]
+fn none_is_asked_for_while_suspended() {
+    for event_idx in [false, true] {
+        each_seed(2, |random| {
+            let mut pair = Pair::new(8, event_idx, random.random_range(u16::MAX - 100..=u16::MAX));
+            for _ in 0..200 {
+                assert!(!pair.ring.resume_kicks());
+                pair.ring.suspend_kicks();
+                for _ in 0..3 {
+                    let before = pair.guest.available();
+                    pair.guest.offer(0);
+                    assert!(!pair.guest.needs_kick(before), "event index {event_idx}");
+                    let head = pair.ring.take().unwrap();
+                    pair.ring.complete(head, 0);
+                    pair.ring.publish();
+                }
+            }
+        });
+    }
+}

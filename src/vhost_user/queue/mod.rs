@@ -202,8 +202,9 @@ impl Queue {
         if !self.again.is_empty() {
             log::info!("ring {}: {} requests of the last worker's are carried out again", self.index, self.again.len());
         }
-        // When requests ran out.
+        // When requests ran out, and whether the driver was shown something then.
         let mut idle_since = None;
+        let mut answered = false;
         // Why nothing is taken any more. What was taken before is completed.
         let mut broken = None::<QueueError>;
         loop {
@@ -241,6 +242,7 @@ impl Queue {
                     broken = self.serve_batch(batch_of, &memory, &mut chain, all, epoll, complaints).err();
                 }
                 self.carry_out(&mut writes, &mut completions, &mut batch, &memory, complaints);
+                answered = !completions.is_empty();
                 self.finish_batch(&mut completions, &mut batch, &mut chain, &mut tally, stop, complaints);
                 let shown = Instant::now();
                 let copied = away.copied.iter().map(|(_, len)| len).sum();
@@ -258,12 +260,13 @@ impl Queue {
                 }
                 idle_since = Some(shown);
             } else {
-                match self.poll(idle_since, stop, &away) {
+                match self.poll(idle_since, answered, stop, &away) {
                     Ok(true) => {}
                     Ok(false) => {
                         if !self.resume_kicks() {
                             self.sleep(epoll, stop)?;
                         }
+                        answered = false;
                         self.suspend_kicks();
                     }
                     Err(error) => broken = Some(error.into()),
@@ -390,12 +393,18 @@ impl Queue {
     }
 
     /// Looks at the ring for a while, if that is worth it, when requests ran out at `since`. Whether there is something to do.
-    fn poll(&mut self, since: Option<Instant>, stop: &Stop, away: &Away<'_>) -> Result<bool, RingError> {
+    fn poll(
+        &mut self,
+        since: Option<Instant>,
+        answered: bool,
+        stop: &Stop,
+        away: &Away<'_>,
+    ) -> Result<bool, RingError> {
         /// Between two looks at the clock.
         const LOOKS: u32 = 8;
         let Some(since) = since.filter(|_| self.hold.is_empty()) else { return Ok(false) };
-        let Some(window) = self.polling.window(since) else { return Ok(false) };
-        let Some(_poller) = self.polling.enter() else { return Ok(false) };
+        let Some(window) = self.polling.window(since) else { return self.glance(since, answered, away) };
+        let Some(_poller) = self.polling.enter() else { return self.glance(since, answered, away) };
         let mut last = since;
         loop {
             for _ in 0..LOOKS {
@@ -411,6 +420,18 @@ impl Queue {
             }
             last = now;
         }
+    }
+
+    /// Has a short look at the ring, if the driver has just been answered and may be at its next request. Whether there is something to do.
+    fn glance(&mut self, since: Instant, answered: bool, away: &Away<'_>) -> Result<bool, RingError> {
+        let Some(window) = self.polling.glance().filter(|_| answered) else { return Ok(false) };
+        let mut paid = false;
+        while !paid && since.elapsed() < window {
+            std::hint::spin_loop();
+            paid = self.ring.waiting()? > 0 || away.has_some();
+        }
+        self.polling.glanced(paid);
+        Ok(paid)
     }
 
     /// Waits until there is something to do.
