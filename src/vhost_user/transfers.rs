@@ -80,9 +80,13 @@ impl Io {
 /// As many rings as a backend has at most. They are memory, and queues that never wait for the disk need none.
 const RINGS_MAX: u16 = 4;
 
-/// While the disk works, it is told of so many reads at a time: the first of a batch need not wait for the last. While all turns out to be in memory, one call is
-/// made for a batch.
+/// While the disk works and nothing else is to be done, it is told of so many reads at a time: the first of a batch need not wait for the last. While all turns out to be
+/// in memory, one call is made for a batch.
 const EAGER: u32 = 2;
+/// While other requests wait, it is told of so many at a time: most of what that takes it takes once for all of them, and they would wait for it each time.
+const TOGETHER: u32 = 4;
+/// No transfer waits for more batches than this to come together with others.
+const PUT_OFF_MAX: u32 = 4;
 
 /// The rings of a worker, which its queues share out.
 pub struct Rings {
@@ -162,6 +166,8 @@ pub struct Transfers<'m> {
     submissions: u32,
     /// Whether any was under way when all had been submitted.
     disk_works: bool,
+    /// For how many batches those that the kernel has not been told of have waited for more of them.
+    put_off: u32,
 }
 
 struct UnderWay<'m> {
@@ -187,6 +193,7 @@ impl<'m> Transfers<'m> {
             finished: Vec::new(),
             submissions: 0,
             disk_works: false,
+            put_off: 0,
         }
     }
 
@@ -224,7 +231,7 @@ impl<'m> Transfers<'m> {
     }
 
     /// Begins a read into `data`, which lies in `memory`. Whether it is under way; if not, somebody else has to do it. The disk
-    /// may be told of it at once, unless the batch `has_others` that are to be shown before that.
+    /// may be told of it at once, unless there are `others` that need not wait for it.
     pub fn begin_read(
         &mut self,
         request: Request<'m>,
@@ -232,7 +239,7 @@ impl<'m> Transfers<'m> {
         volume: &Volume,
         memory: &Arc<GuestMemory>,
         epoll: &Epoll,
-        has_others: bool,
+        others: bool,
     ) -> bool {
         if !self.has_room(volume, epoll) {
             return false;
@@ -250,10 +257,7 @@ impl<'m> Transfers<'m> {
         let begins = self.begin(request, &places, |uring, place, number| {
             uring.read(place.file as usize, place.offset, &place.buffers, memory, number)
         });
-        if begins
-            && self.disk_works
-            && !has_others
-            && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER)
+        if begins && self.disk_works && !others && self.uring.as_ref().is_some_and(|uring| uring.unsubmitted() >= EAGER)
         {
             self.submit_all(volume);
         }
@@ -310,6 +314,17 @@ impl<'m> Transfers<'m> {
         true
     }
 
+    /// Has the kernel go on with those that were begun, now or after one of the next batches. To be called after each, and `others` says that the next one waits.
+    #[inline]
+    pub fn submit_soon(&mut self, volume: &Volume, others: bool) {
+        let waiting = self.uring.as_ref().map_or(0, Uring::unsubmitted);
+        if others && waiting < TOGETHER && self.put_off < PUT_OFF_MAX {
+            self.put_off += u32::from(waiting > 0);
+        } else {
+            self.submit(volume);
+        }
+    }
+
     /// Has the kernel go on with all that were begun.
     #[inline]
     pub fn submit(&mut self, volume: &Volume) {
@@ -319,6 +334,7 @@ impl<'m> Transfers<'m> {
     }
 
     fn submit_all(&mut self, volume: &Volume) {
+        self.put_off = 0;
         let Some(uring) = &mut self.uring else { return };
         let result = uring.submit();
         if uring.unsubmitted() > 0 {
@@ -374,8 +390,9 @@ impl<'m> Transfers<'m> {
         self.finished.push(request);
     }
 
-    /// Waits until one is done.
-    pub fn wait(&mut self) -> io::Result<()> {
+    /// Has the kernel go on with all, and waits until one is done.
+    pub fn wait(&mut self, volume: &Volume) -> io::Result<()> {
+        self.submit(volume);
         match &mut self.uring {
             Some(uring) if self.finished.is_empty() => uring.wait(),
             _ => Ok(()),

@@ -35,8 +35,9 @@ pub(super) struct Away<'m> {
     /// Those that the kernel carries out, and of these what it is done with, while that is looked at.
     pub(super) transfers: Transfers<'m>,
     pub(super) moved: Vec<Finished<'m>>,
-    /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew.
+    /// Offsets and lengths of the reads of a batch that had not to wait, as far as anybody knew, and whether there were any in the batch before.
     pub(super) copied: Vec<(u64, u64)>,
+    pub(super) copied_before: bool,
     /// Whether flushes had better not be among them, and whether one is that nothing has come beside.
     pub(super) habit: FlushHabit,
     pub(super) lone_flush: bool,
@@ -59,6 +60,7 @@ impl<'m> Away<'m> {
             transfers: Transfers::new(rings),
             moved: Vec::new(),
             copied: Vec::new(),
+            copied_before: false,
             habit: FlushHabit::default(),
             lone_flush: false,
         }
@@ -207,8 +209,7 @@ impl Queue {
         complaints: &mut Complaints,
     ) -> io::Result<()> {
         while away.transfers.count() > 0 {
-            away.transfers.submit(&self.volume);
-            away.transfers.wait()?;
+            away.transfers.wait(&self.volume)?;
             self.take_moved(away, completions, batch, complaints);
         }
         Ok(())

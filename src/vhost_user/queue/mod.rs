@@ -210,7 +210,7 @@ impl Queue {
         loop {
             let stops = broken.is_some() || self.again.is_empty() && stop.asked.load(Ordering::Acquire);
             if stops && away.transfers.count() > 0 {
-                away.transfers.wait().map_err(QueueError::Wait)?;
+                away.transfers.wait(&self.volume).map_err(QueueError::Wait)?;
             } else if stops && away.count > 0 {
                 away.inbox.wait();
             } else if let Some(error) = broken {
@@ -250,8 +250,9 @@ impl Queue {
                 if shown - taken > copies_at_most(copied) {
                     away.copied.iter().for_each(|(offset, len)| self.volume.forget(*offset, *len));
                 }
+                away.copied_before = !away.copied.is_empty();
                 away.copied.clear();
-                away.transfers.submit(&self.volume);
+                away.transfers.submit_soon(&self.volume, self.ring.has_waiting());
                 tally.count(&self.counters, self.index, shown - taken);
                 if away.is_waited_for() {
                     self.vitals.go_on(self.index);
@@ -260,6 +261,7 @@ impl Queue {
                 }
                 idle_since = Some(shown);
             } else {
+                away.transfers.submit(&self.volume);
                 match self.poll(idle_since, answered, stop, &away) {
                     Ok(true) => {}
                     Ok(false) => {
@@ -345,7 +347,7 @@ impl Queue {
                         &self.volume,
                         memory,
                         epoll,
-                        !away.copied.is_empty(),
+                        away.copied_before || !away.copied.is_empty(),
                     )
                 {
                     continue;
