@@ -15,7 +15,8 @@ use std::thread::JoinHandle;
 #[cfg(not(fuzzing))]
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 #[cfg(fuzzing)]
 pub use super::stand_in::Running;
@@ -46,16 +47,18 @@ pub fn execute_self(name: &str, arguments: &[&str], standard_input: OwnedFd) -> 
     Ok(Running::from_number(child.id()))
 }
 
-/// Has a program run as another user, with the group of the same number and no other, and with at most so many processes and threads of that
-/// user's. Only root can.
-pub fn run_as(command: &mut Command, uid: u32, processes_max: u64) {
-    command.uid(uid).gid(uid);
-    let limit = move || {
-        let limit = Rlimit { current: Some(processes_max), maximum: Some(processes_max) };
-        Ok(setrlimit(Resource::Nproc, limit)?)
-    };
-    // SAFETY: between the fork and the execution it makes one system call, and allocates nothing.
-    unsafe { command.pre_exec(limit) };
+/// Has this process, which has one thread, be another user's from here on, with the group of the same number and no other, and with at most so many processes
+/// and threads of that user's. Only root can.
+pub fn become_user(uid: u32, processes_max: u64) -> io::Result<()> {
+    setrlimit(Resource::Nproc, Rlimit { current: Some(processes_max), maximum: Some(processes_max) })?;
+    set_thread_groups(&[])?;
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    set_thread_res_gid(group, group, group)?;
+    // All rights of root's go with this.
+    set_thread_res_uid(user, user, user)?;
+    // What /proc has of this process would be root's until it executes a program.
+    set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+    Ok(())
 }
 
 /// Waits for all children of the calling thread that have ended, and for none that has not. Other threads' children are theirs.

@@ -19,6 +19,8 @@ use super::order::DeltaOrder;
 
 /// The argument by which the program knows that its descriptor 0 says what to serve.
 pub const MANAGED_ARGUMENT: &str = "--managed";
+/// The argument that comes ahead of the number of the user that the program, which root has started, is to run as.
+pub const RUN_AS_ARGUMENT: &str = "--run-as";
 
 /// What a keeper is told to do.
 #[derive(Debug, Serialize, Deserialize)]

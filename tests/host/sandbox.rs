@@ -70,6 +70,11 @@ fn own_user(daemon: &Daemon, volume: &str) -> u32 {
     let uid = user_of(keeper).uid;
     assert_eq!([user_of(keeper), user_of(worker)], [(); 2].map(|()| User { uid, gid: uid, groups: String::new() }));
     assert!((FIRST..=LAST).contains(&uid), "{uid}");
+    for process in [keeper, worker] {
+        let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).unwrap();
+        let processes = limits.lines().find(|line| line.starts_with("Max processes")).expect("a limit");
+        assert!(processes.contains(" 1024 "), "{processes}");
+    }
     check_closed(keeper);
     check_closed(worker);
     uid
@@ -92,6 +97,8 @@ fn backends_have_users_of_their_own_when_there_are_some() {
     // Somebody is one of them already.
     let somebody = Sleeper::start(Command::new("sleep").arg("1000").uid(FIRST).gid(FIRST));
     assert_eq!(user_of(somebody.process()).uid, FIRST);
+    // The daemon is in a group, as a thread's programs are in those that the thread is in.
+    rustix::thread::set_thread_groups(&[rustix::process::Gid::from_raw(FIRST)]).unwrap();
     let mut daemon = Daemon::with(&["--backend-uids", &range]);
     let (contents, _) = daemon.import("os", IMAGE_BYTES, 1);
     for (name, kind) in [("a", "cow"), ("b", "read-only"), ("c", "blank"), ("d", "cow")] {

@@ -11,7 +11,7 @@ use pando::block::DeltaCache;
 use pando::digest::Digest;
 use pando::units::{ByteCount, ClusterSize};
 use pando::vhost_user::attachment::HOLD_DEFAULT;
-use pando::vhost_user::control::MANAGED_ARGUMENT;
+use pando::vhost_user::control::{MANAGED_ARGUMENT, RUN_AS_ARGUMENT};
 use pando::vhost_user::device::SERIAL_BYTES;
 use pando::vhost_user::handover::{CHECK_ARGUMENT, RESUME_ARGUMENT};
 use pando::vhost_user::polling::{POLL_DEFAULT, POLL_MAX};
@@ -77,8 +77,8 @@ const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\"read-o
 pub enum Invocation {
     /// Be a worker, with these descriptors as rings; only ever asked for by a keeper.
     Worker { sandbox: bool, rings: Vec<RawFd> },
-    /// Serve what descriptor 0 says, with so many virtqueues; only ever asked for by a daemon.
-    Managed { sandbox: bool, io: Io, queues: u16 },
+    /// Serve what descriptor 0 says, with so many virtqueues, and as another user if one is given; only ever asked for by a daemon.
+    Managed { sandbox: bool, io: Io, queues: u16, user: Option<u32> },
     /// Go on as the keeper whose state descriptor 0 is; only ever asked for by that keeper.
     Resume { sandbox: bool },
     /// Say whether that could be done.
@@ -242,7 +242,7 @@ fn parse_role(arguments: &[OsString]) -> anyhow::Result<Option<Invocation>> {
     let Some(role) = arguments.get(1).and_then(|role| ROLES.into_iter().find(|known| role == known)) else {
         return Ok(None);
     };
-    let (mut sandbox, mut rings, mut io, mut queues) = (true, Vec::new(), None, None);
+    let (mut sandbox, mut rings, mut io, mut queues, mut user) = (true, Vec::new(), None, None, None);
     let mut parser = lexopt::Parser::from_args(&arguments[2..]);
     while let Some(argument) = parser.next()? {
         use lexopt::prelude::Long;
@@ -251,12 +251,15 @@ fn parse_role(arguments: &[OsString]) -> anyhow::Result<Option<Invocation>> {
             Long("ring") => rings.push(value(&mut parser, RING_ARGUMENT)?),
             Long("io") => once(&mut io, "--io", value(&mut parser, "--io")?)?,
             Long("queues") => once(&mut queues, "--queues", value(&mut parser, "--queues")?)?,
+            Long("run-as") => once(&mut user, RUN_AS_ARGUMENT, value(&mut parser, RUN_AS_ARGUMENT)?)?,
             other => return Err(other.unexpected().into()),
         }
     }
     Ok(Some(match role {
         WORKER_ARGUMENT => Invocation::Worker { sandbox, rings },
-        MANAGED_ARGUMENT => Invocation::Managed { sandbox, io: io.unwrap_or_default(), queues: queues.unwrap_or(1) },
+        MANAGED_ARGUMENT => {
+            Invocation::Managed { sandbox, io: io.unwrap_or_default(), queues: queues.unwrap_or(1), user }
+        }
         RESUME_ARGUMENT => Invocation::Resume { sandbox },
         _ => Invocation::CheckState,
     }))

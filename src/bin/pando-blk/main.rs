@@ -10,7 +10,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use pando::sys::process::StopSignals;
+use pando::sys::process::{self, StopSignals};
 use pando::vhost_user::handover::State;
 use pando::vhost_user::transfers::Io;
 use pando::vhost_user::{keeper, sandbox, worker};
@@ -24,10 +24,10 @@ fn main() -> ExitCode {
             start("worker", log::LevelFilter::Info, sandbox);
             worker::run(&rings).context("the worker failed")
         }
-        Ok(Invocation::Managed { sandbox, io, queues }) => {
+        Ok(Invocation::Managed { sandbox, io, queues, user }) => user.map_or(Ok(()), become_user).and_then(|()| {
             start("keeper", log::LevelFilter::Info, sandbox);
             managed(io, queues)
-        }
+        }),
         Ok(Invocation::Resume { sandbox }) => {
             start("keeper", log::LevelFilter::Info, sandbox);
             resume()
@@ -61,6 +61,12 @@ fn serve(options: &args::Options) -> anyhow::Result<()> {
     let result = keeper::serve(attachment, &signals, || log::info!("ready for front ends at {}", options.place));
     drop(socket);
     Ok(result?)
+}
+
+fn become_user(uid: u32) -> anyhow::Result<()> {
+    /// A keeper, a worker and its successor with a thread for each ring, and room.
+    const PROCESSES_MAX: u64 = 1024;
+    process::become_user(uid, PROCESSES_MAX).with_context(|| format!("cannot run as user {uid}"))
 }
 
 fn managed(io: Io, queues: u16) -> anyhow::Result<()> {

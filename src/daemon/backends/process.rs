@@ -17,15 +17,12 @@ use tokio::task::AbortHandle;
 
 use crate::sys::socket::PacketSocket;
 use crate::sys::{apart, process};
-use crate::vhost_user::control::MANAGED_ARGUMENT;
+use crate::vhost_user::control::{MANAGED_ARGUMENT, RUN_AS_ARGUMENT};
 use crate::vhost_user::conversation::Conversation;
 use crate::vhost_user::sandbox::NO_SANDBOX_ARGUMENT;
 use crate::vhost_user::transfers::Io;
 
 use super::users::UidRange;
-
-/// Processes and threads of a user that is one backend's: a keeper, a worker and its successor with a thread for each ring, and room.
-const PROCESSES_MAX: u64 = 1024;
 
 /// How backends are started.
 #[derive(Clone, Debug)]
@@ -46,7 +43,7 @@ pub struct Manner {
 #[derive(Serialize, Deserialize)]
 enum Order {
     /// Start this. Descriptor: its standard input. Answered with its number, or the number of an error if that has one.
-    Start { program: OsString, arguments: Vec<String>, uid: Option<u32> },
+    Start { program: OsString, arguments: Vec<String> },
     /// Some that were started have ended. Not answered.
     Reap,
 }
@@ -82,7 +79,9 @@ impl Starter {
         let mut arguments = vec![MANAGED_ARGUMENT.to_owned()];
         arguments.extend((!manner.sandbox).then(|| NO_SANDBOX_ARGUMENT.to_owned()));
         arguments.extend(["--io".to_owned(), manner.io.to_string(), "--queues".to_owned(), queues.to_string()]);
-        let order = Order::Start { program: manner.program.clone().into(), arguments, uid };
+        // By itself: what is to be somebody else's as it is executed begins with a copy of the daemon's mappings, of which there are some for each volume.
+        arguments.extend(uid.into_iter().flat_map(|uid| [RUN_AS_ARGUMENT.to_owned(), uid.to_string()]));
+        let order = Order::Start { program: manner.program.clone().into(), arguments };
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.thread.send(&order, &[theirs.as_fd()]).map_err(io::Error::other)?;
         let (started, _) = self.thread.receive::<Started>().map_err(io::Error::other)?;
@@ -105,10 +104,9 @@ fn serve(socket: PacketSocket) {
     let daemon = Conversation::over(socket, "daemon");
     while let Ok((order, mut descriptors)) = daemon.receive() {
         match order {
-            Order::Start { program, arguments, uid } => {
+            Order::Start { program, arguments } => {
                 let Ok(standard_input) = descriptors.take() else { return };
-                let started: Started =
-                    start(program, &arguments, uid, standard_input).map_err(|error| error.raw_os_error());
+                let started: Started = start(program, &arguments, standard_input).map_err(|error| error.raw_os_error());
                 if daemon.send(&started, &[]).is_err() {
                     return;
                 }
@@ -118,11 +116,7 @@ fn serve(socket: PacketSocket) {
     }
 }
 
-fn start(program: OsString, arguments: &[String], uid: Option<u32>, standard_input: OwnedFd) -> io::Result<u32> {
+fn start(program: OsString, arguments: &[String], standard_input: OwnedFd) -> io::Result<u32> {
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::from(standard_input)).stdout(Stdio::null());
-    if let Some(uid) = uid {
-        process::run_as(&mut command, uid, PROCESSES_MAX);
-    }
-    Ok(command.spawn()?.id())
+    Ok(command.args(arguments).stdin(Stdio::from(standard_input)).stdout(Stdio::null()).spawn()?.id())
 }
