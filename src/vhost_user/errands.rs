@@ -240,6 +240,18 @@ impl Errands {
     /// Hands a request over. An error when there is no thread for it: then whoever asks has to wait after all.
     pub fn send(&self, errand: Errand, job: Job) -> io::Result<()> {
         let mut state = lock(&self.shared.state);
+        if errand == Errand::Flush && state.is_flushing {
+            // Whoever flushes has this one in the same sync, or in the next.
+            state.flushes.push(job);
+            let is_last = state.awaits > 0 && state.flushes.len() >= state.awaits;
+            if is_last {
+                state.awaits = 0;
+                // Whoever is woken may take the processor at once, and needs the lock.
+                drop(state);
+                self.shared.company.notify_one();
+            }
+            return Ok(());
+        }
         if state.idle <= state.runnable() && state.threads < THREADS_MAX {
             let shared = Arc::clone(&self.shared);
             let thread = std::thread::Builder::new().name("errands".to_owned()).stack_size(STACK_BYTES);
@@ -249,23 +261,12 @@ impl Errands {
                 Err(_) => {}
             }
         }
-        let mut wakes = &self.shared.more;
         match errand {
             Errand::Read | Errand::Write => state.waiting.push_back(job),
-            Errand::Flush => {
-                state.flushes.push(job);
-                if state.is_flushing {
-                    if state.awaits == 0 || state.flushes.len() < state.awaits {
-                        return Ok(());
-                    }
-                    state.awaits = 0;
-                    wakes = &self.shared.company;
-                }
-            }
+            Errand::Flush => state.flushes.push(job),
         }
-        // Whoever is woken may take the processor at once, and needs the lock.
         drop(state);
-        wakes.notify_one();
+        self.shared.more.notify_one();
         Ok(())
     }
 }

@@ -405,8 +405,8 @@ impl Queue {
         /// Between two looks at the clock.
         const LOOKS: u32 = 8;
         let Some(since) = since.filter(|_| self.hold.is_empty()) else { return Ok(false) };
-        let Some(window) = self.polling.window(since) else { return self.glance(since, answered, away) };
-        let Some(_poller) = self.polling.enter() else { return self.glance(since, answered, away) };
+        let Some(window) = self.polling.window(since) else { return self.glance(answered, away) };
+        let Some(_poller) = self.polling.enter() else { return self.glance(answered, away) };
         let mut last = since;
         loop {
             for _ in 0..LOOKS {
@@ -425,10 +425,14 @@ impl Queue {
     }
 
     /// Has a short look at the ring, if the driver has just been answered and may be at its next request. Whether there is something to do.
-    fn glance(&mut self, since: Instant, answered: bool, away: &Away<'_>) -> Result<bool, RingError> {
-        let Some(window) = self.polling.glance().filter(|_| answered) else { return Ok(false) };
+    fn glance(&mut self, answered: bool, away: &Away<'_>) -> Result<bool, RingError> {
+        if !answered {
+            return Ok(false);
+        }
+        let Some(window) = self.polling.glance() else { return Ok(false) };
+        let begun = Instant::now();
         let mut paid = false;
-        while !paid && since.elapsed() < window {
+        while !paid && begun.elapsed() < window {
             std::hint::spin_loop();
             paid = self.ring.waiting()? > 0 || away.has_some();
         }

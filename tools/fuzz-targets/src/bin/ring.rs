@@ -211,14 +211,15 @@ impl Pair {
             } else if self.event_idx {
                 assert_eq!(ours, reference);
             }
-            if choices.below(2) == 0 {
+            let suspends = choices.below(2) == 0;
+            if suspends {
                 self.ring.suspend_kicks();
                 self.queue.disable_notification(mmap).unwrap();
             } else {
                 let missed = self.ring.resume_kicks();
                 assert_eq!(missed, self.queue.enable_notification(mmap).unwrap());
             }
-            self.check_used();
+            self.check_used(suspends);
         }
     }
 
@@ -274,12 +275,16 @@ impl Pair {
         })
     }
 
-    fn check_used(&self) {
-        let [ours, reference] = [USED, USED_REFERENCE].map(|at| {
-            let mut bytes = vec![0; 4 + usize::from(self.size) * 8 + 2];
+    fn check_used(&self, suspended: bool) {
+        let [(ours, our_event), (reference, event)] = [USED, USED_REFERENCE].map(|at| {
+            let mut bytes = vec![0; 4 + usize::from(self.size) * 8];
             WORLD.mmap.read_slice(&mut bytes, GuestAddress(at)).unwrap();
-            bytes
+            let event: u16 = WORLD.mmap.read_obj(GuestAddress(at + bytes.len() as u64)).unwrap();
+            (bytes, event)
         });
         assert!(ours == reference, "the used rings differ");
+        // The reference goes on asking for a kick that it has asked for.
+        assert!(our_event == event || suspended && our_event == event.wrapping_sub(1), "{our_event}, {event}");
+        assert!(!(self.event_idx && suspended) || our_event != self.ring.next_available(), "asks for a kick");
     }
 }
