@@ -262,6 +262,10 @@ impl Queue {
                 idle_since = Some(shown);
             } else {
                 away.transfers.submit(&self.volume);
+                if away.has_some() {
+                    // What was in memory after all wakes nobody.
+                    continue;
+                }
                 match self.poll(idle_since, answered, stop, &away) {
                     Ok(true) => {}
                     Ok(false) => {

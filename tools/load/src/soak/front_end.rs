@@ -115,6 +115,11 @@ impl FrontEnd {
         &self.machine.disk
     }
 
+    /// As of when there is this connection.
+    pub fn connected_since(&self) -> Moment {
+        self.since
+    }
+
     /// As of when there is this connection, with nobody having struck at the backend since.
     pub fn undisturbed_since(&self) -> Option<Moment> {
         (self.link.is_some() && !self.machine.keeper_strikes.since(self.since)).then_some(self.since)

@@ -48,7 +48,8 @@ fn grow(front_end: &mut FrontEnd) -> Result<()> {
     // At its largest it is grown to the size that it has, which is allowed.
     let bytes = (before + step).min(machine.disk.bytes_max.max(before));
     front_end.grown = Some(bytes);
-    let since = machine.keeper_strikes.now();
+    // A backend that was struck a moment ago may be found dead only by this.
+    let since = front_end.connected_since();
     let path = format!("/v1/volumes/{}/grow", machine.disk.volume);
     let has_excuse = || machine.keeper_strikes.since(since);
     front_end.site.demand(&front_end.pulse, ("POST", &path), Some(&json!({ "bytes": bytes })), has_excuse)?;
