@@ -67,9 +67,10 @@ pub fn finish(
 
 /// Brings everybody to rest, and compares what the daemon knows with what was done.
 fn settle(machines: &[Arc<Machine>], site: &Site, clerk: &Clerk, watch: &Watch) -> Result<()> {
-    machines.iter().for_each(|machine| machine.seat.end());
     let known = all(machines, watch, |front_end| {
         let machine = front_end.machine.clone();
+        // Not before: what its front end was asked for ahead of this may wait for the guest to get on.
+        machine.seat.end();
         let mut held = machine.seat.hold();
         front_end.drain(&mut held)?;
         if front_end.disk().kind == Kind::Ephemeral {
