@@ -304,6 +304,15 @@ impl<C: Client> Drive<Vec<Queue>, C> {
         &mut self.queues[queue]
     }
 
+    /// Where each queue stands, and how many requests it has in flight, a line for each.
+    pub fn standing(&self) -> String {
+        let queues = self.queues.iter().zip(&self.flights).enumerate();
+        let line = |(number, (queue, flights)): (usize, (&Queue, &Vec<Option<Flight>>))| {
+            format!("  queue {number}: {} in flight; {}\n", flights.iter().flatten().count(), queue.ring.standing())
+        };
+        queues.map(line).collect()
+    }
+
     /// Where the buffers of the requests in flight on a queue are.
     pub fn buffers_in_use(&self, queue: usize) -> impl Iterator<Item = usize> {
         let slots = &self.queues[queue].slots;

@@ -139,6 +139,22 @@ impl Ring {
         Some((head, bytes))
     }
 
+    /// Where both sides stand, in words, for whoever has to find out why a ring stands still.
+    pub fn standing(&self) -> String {
+        let Self { memory, layout, event_idx, available_published, available_next, used_next } = self;
+        let at = |offset| memory.load_u16(offset, Ordering::Relaxed);
+        format!(
+            "available {available_next}, shown up to {available_published}; used up to {}, taken up to {used_next}; \
+             event indexes {}: kick at {}, call at {}; flags: kicks {:#x}, calls {:#x}",
+            self.used_index(),
+            if *event_idx { "count" } else { "do not count" },
+            at(layout.available_event()),
+            at(layout.used_event()),
+            at(layout.used),
+            at(layout.available)
+        )
+    }
+
     /// Asks for a call at the next completion; true when there is one already.
     pub fn arm(&mut self) -> bool {
         if self.event_idx {

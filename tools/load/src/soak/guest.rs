@@ -7,7 +7,8 @@
 use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -206,6 +207,19 @@ impl Seat {
         let _ = self.wake.read();
         guest.pulse.rests();
         Held { seat: self, guest }
+    }
+
+    /// Where its queues stand, if anybody lets go of it soon.
+    pub fn standing(&self) -> String {
+        const TRIES: usize = 500;
+        for _ in 0..TRIES {
+            match self.guest.try_lock() {
+                Ok(guest) => return guest.drive.standing(),
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner().drive.standing(),
+                Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        "  nobody lets go of it\n".to_owned()
     }
 
     /// Lets the guest's thread end.

@@ -6,6 +6,7 @@
 //! what the daemon tells with what was done, the [`watch`] sees that nobody waits for ever, and at the [`finish`] all is read back
 //! and nothing may be left. Knows nothing of the inside of what it tests.
 
+mod autopsy;
 mod boot;
 mod clerk;
 mod conductor;
@@ -115,6 +116,10 @@ pub fn run(options: &SoakOptions) -> Result<()> {
             fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())
         }
         (_, failure) => {
+            // It is no reason to leave anything behind that this cannot be told.
+            if let Err(error) = autopsy::write(&directory, &watch) {
+                eprintln!("how all stood is not known: {error:#}");
+            }
             household::kill_all();
             // Nobody listens there any more. What matters is told below.
             let _ = fs::remove_dir_all(daemon::run_directory(PURPOSE));
@@ -122,7 +127,10 @@ pub fn run(options: &SoakOptions) -> Result<()> {
                 eprintln!("the deltas are lost: {error:#}");
             }
             let failure = failure.unwrap_or_else(|| "it ended without a word".to_owned());
-            bail!("seed {seed}: {failure}\nthe journal, the daemon's log and its files are in {}", directory.display())
+            bail!(
+                "seed {seed}: {failure}\nthe journal, the daemon's log, how all stood, and its files are in {}",
+                directory.display()
+            )
         }
     }
 }
@@ -227,6 +235,8 @@ impl Soak {
         let machine = tasks.machine.clone();
         let guest = machine.clone();
         self.watch.spawn(&guest_name, move || guest.seat.run())?;
+        let witness = machine.clone();
+        self.watch.call_witness(&guest_name, move || witness.seat.standing());
         let front_end_name = format!("front end of {name}");
         let pulse = self.watch.pulse(&front_end_name);
         let front_end = FrontEnd::new(machine.clone(), site.clone(), clerk.clone(), pulse)?;

@@ -33,10 +33,14 @@ impl Pulse {
     }
 }
 
-#[derive(Debug, Default)]
+/// What somebody can tell of how things stand.
+type Testimony = Box<dyn Fn() -> String + Send>;
+
+#[derive(Default)]
 pub struct Watch {
     pulses: Mutex<Vec<Arc<Pulse>>>,
     failure: Mutex<Option<String>>,
+    witnesses: Mutex<Vec<(String, Testimony)>>,
 }
 
 impl Watch {
@@ -45,6 +49,18 @@ impl Watch {
         let pulse = Arc::new(Pulse { who: who.into(), waits: Mutex::default() });
         self.pulses.lock().unwrap_or_else(PoisonError::into_inner).push(pulse.clone());
         pulse
+    }
+
+    /// Has somebody tell how things stand after a failure.
+    pub fn call_witness(&self, who: impl Into<String>, testimony: impl Fn() -> String + Send + 'static) {
+        let mut witnesses = self.witnesses.lock().unwrap_or_else(PoisonError::into_inner);
+        witnesses.push((who.into(), Box::new(testimony)));
+    }
+
+    /// What they all tell.
+    pub fn testimonies(&self) -> String {
+        let witnesses = self.witnesses.lock().unwrap_or_else(PoisonError::into_inner);
+        witnesses.iter().map(|(who, testimony)| format!("{who}:\n{}", testimony())).collect()
     }
 
     /// Notes that something went wrong. What goes wrong afterwards mostly follows from it.
