@@ -107,26 +107,33 @@ pub struct Watch {
     seen: Vec<(u64, Instant)>,
     /// When to look next; `None`: not watching.
     next: Option<Instant>,
+    /// Nobody need watch any more, as far as is known: there is one more look.
+    ends: bool,
     /// Of all pulses, when the worker took over.
     at_takeover: u64,
 }
 
 impl Watch {
-    /// Over a new piece of memory, or one that a keeper before this one has made.
+    /// Over a new piece of memory.
     pub fn over(memory: File, rings: u16) -> io::Result<Watch> {
         let wake = vmm_sys_util::eventfd::EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
         let rings = usize::from(rings).min(RINGS);
         let numbers = numbers(&memory)?;
-        let watch = Watch {
+        Ok(Watch {
             numbers,
             memory,
             wake: events::into_file(wake),
             seen: vec![(0, Instant::now()); rings],
             next: None,
+            ends: false,
             at_takeover: 0,
-        };
-        // Whoever watched before does so no more.
-        watch.numbers.at(WATCHED).store(0, Ordering::Release);
+        })
+    }
+
+    /// Over the memory of a keeper before this one, whose worker still serves and would wake that one.
+    pub fn resume(memory: File, rings: u16) -> io::Result<Watch> {
+        let mut watch = Watch::over(memory, rings)?;
+        watch.begin_watching();
         Ok(watch)
     }
 
@@ -180,6 +187,7 @@ impl Watch {
         self.seen.iter_mut().for_each(|(_, since)| *since = now);
         self.numbers.at(WATCHED).store(1, Ordering::Release);
         self.next = Some(now + LOOK_INTERVAL);
+        self.ends = false;
     }
 
     /// A worker has asked to be watched.
@@ -217,13 +225,12 @@ impl Watch {
                 }
             }
         }
-        if is_quiet {
+        if is_quiet && self.ends {
+            // What has begun since a worker could see that nobody watches has woken the keeper; what began before has shown by now.
             self.next = None;
-            self.numbers.at(WATCHED).store(0, Ordering::SeqCst);
-            // A batch that began before the worker could see that is watched all the same.
-            if (0..self.seen.len()).any(|ring| self.pulse(ring) != self.seen[ring].0) {
-                self.begin_watching();
-            }
+        } else if is_quiet {
+            self.ends = true;
+            self.numbers.at(WATCHED).store(0, Ordering::Release);
         }
         None
     }
@@ -253,9 +260,28 @@ mod tests {
         assert_eq!(look(&mut watch), None);
         assert!(watch.timeout_ms() > 0, "something has happened");
         assert_eq!(look(&mut watch), None);
+        assert!(watch.timeout_ms() > 0, "nothing has, and one more look");
+        assert_eq!(look(&mut watch), None);
         assert_eq!(watch.timeout_ms(), -1, "nothing has");
         vitals.begin(0);
         assert_eq!(events::drain(&watch.wake).unwrap(), 1, "woken again");
+    }
+
+    /// As a processor may have it that shows what it writes later than it reads.
+    #[test]
+    fn a_batch_that_begins_as_the_watch_ends_is_watched() {
+        let memory = create().unwrap();
+        let mut watch = Watch::resume(memory.try_clone().unwrap(), 2).unwrap();
+        let vitals = Vitals::map(&memory, watch.wake.try_clone().unwrap()).unwrap();
+        let look = |watch: &mut Watch| {
+            watch.next = Some(Instant::now());
+            watch.look()
+        };
+        assert_eq!(look(&mut watch), None);
+        vitals.pulse(1).fetch_or(1, Ordering::Relaxed);
+        assert_eq!(look(&mut watch), None);
+        watch.seen[1].1 -= WEDGED_AFTER;
+        assert_eq!(look(&mut watch), Some(1), "nobody was woken, and it is found");
     }
 
     #[test]

@@ -117,7 +117,7 @@ impl Service {
         Ok(Service {
             worker,
             elsewhere: state.elsewhere,
-            watch: Watch::over(vitals, offer.queues).map_err(system("map the signs of life"))?,
+            watch: Watch::resume(vitals, offer.queues).map_err(system("map the signs of life"))?,
             leaving: AllLeaving::default(),
             deaths: Deaths::none(),
             latch_told: state.latch_told,
