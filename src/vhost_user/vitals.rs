@@ -22,7 +22,8 @@ const HELD: usize = 2;
 /// The number that is not zero once a sync has failed.
 pub const LATCH: usize = 1;
 const WATCHED: usize = 0;
-const PULSES: usize = 8;
+/// Where the pulses begin.
+pub const PULSES: usize = 8;
 /// Rings that have a pulse of their own; those beyond share the last one's, and are not watched.
 const RINGS: usize = 256;
 const COUNT: usize = PULSES + RINGS;

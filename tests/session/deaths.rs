@@ -504,6 +504,16 @@ fn workers_that_die_again_and_again_are_held_until_an_operator_acts() {
     assert!(contents(&disk) == model);
 }
 
+/// The memory in which a keeper's workers show that they live.
+pub fn vitals_of(keeper: u32) -> fs::File {
+    let is_vitals = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().contains("pando-vitals"))
+    };
+    let entries = fs::read_dir(format!("/proc/{keeper}/fd")).expect("its descriptors").flatten();
+    let memory = entries.into_iter().find(is_vitals).expect("memory for signs of life").path();
+    fs::File::options().read(true).write(true).open(memory).expect("memory")
+}
+
 #[test]
 fn a_worker_that_is_stuck_is_replaced() {
     let disk = Disk::new(DISK_BYTES);
@@ -544,13 +554,7 @@ fn a_failed_sync_is_remembered_over_workers_and_told() {
     let queue = &mut client.queues[0];
     queue.write(0, &[7; SECTOR]);
     // As a worker does whose sync fails, and which dies right then.
-    let keeper = managed.backend.keeper();
-    let is_vitals = |entry: &fs::DirEntry| {
-        fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().contains("pando-vitals"))
-    };
-    let entries = fs::read_dir(format!("/proc/{keeper}/fd")).expect("its descriptors").flatten();
-    let memory = entries.into_iter().find(is_vitals).expect("memory for signs of life").path();
-    let memory = fs::File::options().write(true).open(memory).expect("memory");
+    let memory = vitals_of(managed.backend.keeper());
     memory.write_all_at(&1u64.to_le_bytes(), vitals::LATCH as u64 * 8).expect("memory");
     kill_worker(&managed.backend);
     wait_until("there is another worker", || {

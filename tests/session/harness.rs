@@ -450,13 +450,22 @@ pub fn children_of(parent: u32) -> Vec<u32> {
     children
 }
 
-/// The parent of a process that has not ended.
-fn parent_of(process: u32) -> Option<u32> {
+/// What a process is doing, as the kernel's letter for it, and its parent.
+fn look_at(process: u32) -> Option<(String, u32)> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The name in parentheses may hold anything.
     let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
-    let state = fields.next()?;
-    if state == "Z" { None } else { fields.next()?.parse().ok() }
+    Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
+}
+
+/// The parent of a process that has not ended.
+fn parent_of(process: u32) -> Option<u32> {
+    look_at(process).filter(|(state, _)| state != "Z").map(|(_, parent)| parent)
+}
+
+/// Whether a process stands still after a signal to stop.
+pub fn is_stopped(process: u32) -> bool {
+    look_at(process).is_some_and(|(state, _)| state == "T")
 }
 
 /// Whether a process has not ended.

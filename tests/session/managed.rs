@@ -10,14 +10,14 @@ use pando::block::DeltaCache;
 use pando::block::delta::header::BaseIdentity;
 use pando::block::delta::open::{self, NewDelta};
 use pando::digest::Digest;
-use pando::sys::socket::PacketListener;
+use pando::sys::socket::{self, PacketListener};
 use pando::units::ClusterSize;
 use pando::vhost_user::control::{Command, Event, MANAGED_ARGUMENT, Reply, Report, Said, Serve, VolumeSpec};
 use pando::vhost_user::conversation::{Conversation, Descriptors};
 use pando::vhost_user::counters;
 use pando::vhost_user::order::DeltaOrder;
 
-use super::harness::{Backend, Disk, delta_cache, program};
+use super::harness::{Backend, Disk, PATIENCE, delta_cache, program};
 
 /// A volume, as a controller has it.
 pub struct Volume {
@@ -85,6 +85,8 @@ impl Watcher {
     #[track_caller]
     pub fn answer(&mut self) -> (Reply, Descriptors) {
         loop {
+            let found = socket::wait_readable([Some(self.controller.as_fd())], PATIENCE.as_millis() as i32);
+            assert!(found.expect("a wait") == [true], "the keeper does not answer");
             match self.controller.receive::<Said>().expect("the keeper answers") {
                 (Said::Reply(reply), descriptors) => return (reply, descriptors),
                 (Said::Event(event), _) => self.events.push_back(event),

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,12 +11,14 @@ use pando::sys::shared;
 use pando::vhost_user::boot::{Driver, History, RingStart, Start};
 use pando::vhost_user::control::{Command, Reply};
 use pando::vhost_user::handover::{HandoverError, State};
+use pando::vhost_user::vitals;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use rustix::process::Signal;
 
 use super::client::{Client, Profile, check_served};
-use super::deaths::{kill_worker, profile, storms, work};
-use super::harness::{Disk, SECTOR, descriptors_of, wait_until};
+use super::deaths::{kill_worker, profile, storms, vitals_of, work};
+use super::harness::{Disk, SECTOR, descriptors_of, is_stopped, send, wait_until};
 use super::lifecycle::contents;
 use super::managed::{Managed, Volume, Watcher, manner};
 use super::storm::Storm;
@@ -90,6 +93,43 @@ pub fn upgrades_under_load_are_never_noticed() {
     assert_eq!(managed.watcher.report().0.bytes, 2 * DISK_BYTES as u64);
     assert!(matches!(managed.watcher.ask(&Command::Stop, &[]).0, Reply::Done));
     assert!(managed.backend.wait().success());
+    assert!(contents(&disk) == model);
+}
+
+/// Stops a worker within a batch of its first ring's.
+fn stop_within_a_batch(managed: &Managed) {
+    let vitals = vitals_of(managed.backend.keeper());
+    let worker = managed.backend.worker();
+    let mut pulse = [0; 8];
+    wait_until("the worker is at a batch as it is stopped", || {
+        send(worker, Signal::STOP);
+        wait_until("it has stopped", || is_stopped(worker));
+        vitals.read_exact_at(&mut pulse, vitals::PULSES as u64 * 8).expect("memory");
+        let is_odd = u64::from_le_bytes(pulse) & 1 != 0;
+        if !is_odd {
+            send(worker, Signal::CONT);
+        }
+        is_odd
+    });
+}
+
+#[test]
+fn a_worker_that_is_stuck_holds_no_upgrade_up() {
+    let disk = Disk::new(DISK_BYTES);
+    let mut managed = serve(&disk);
+    let mut client = Client::start(&managed.backend, &profile());
+    let mut storms = storms(&mut client, &disk.contents, 24);
+    work(&mut storms, || {
+        std::thread::sleep(Duration::from_millis(50));
+        stop_within_a_batch(&managed);
+        // Nobody but the last program has been woken to watch it.
+        upgrade(&mut managed.watcher);
+        assert!(managed.backend.log().text().contains("is stuck in a batch"));
+        std::thread::sleep(Duration::from_millis(50));
+    });
+    let model = Storm::merge(&storms);
+    drop(client);
+    managed.backend.stop();
     assert!(contents(&disk) == model);
 }
 
