@@ -149,13 +149,25 @@ pub fn resume(signals: &StopSignals) -> Result<(), KeeperError> {
         keeper.answer_upgrade(upgraded)?;
         return keeper.serve();
     };
-    let (session, stream) = Session::thaw(session, &service)?;
-    let agreed = session.agreed();
+    let (mut session, stream) = Session::thaw(session, &service)?;
     keeper.service().note_connected(true);
-    keeper.answer_upgrade(session.hand_over())?;
-    let session = Arc::new(Mutex::new(session));
-    let handler = resumed_handler(&stream, &session, agreed)?;
-    let end = keeper.converse(stream, handler, session)?;
+    let successor = keeper.service().prepare_successor();
+    let has_begun = successor.is_ok();
+    let upgraded = successor.and_then(|successor| session.hand_over(successor));
+    // Without a successor the last worker goes on. Once there is one, no ring runs unless all goes well.
+    let failed = upgraded.as_ref().err().filter(|_| has_begun).map(|error| chain_of(error));
+    keeper.answer_upgrade(upgraded)?;
+    let end = match failed {
+        Some(reason) => {
+            drop(stream);
+            end_session(&mut session, End::Failed(reason))?
+        }
+        None => {
+            let (agreed, session) = (session.agreed(), Arc::new(Mutex::new(session)));
+            let handler = resumed_handler(&stream, &session, agreed)?;
+            keeper.converse(stream, handler, session)?
+        }
+    };
     if keeper.conclude(end) { Ok(keeper.service().close()?) } else { keeper.serve() }
 }
 
@@ -446,14 +458,7 @@ impl<'k> Keeper<'k> {
             }
         };
         self.stream = None;
-        match session.lock().expect("no holder of this lock panics").end() {
-            Ok(()) => Ok(end),
-            // There is no worker, and so no ring that runs.
-            Err(WorkerError::Stopped) => Ok(End::Stopped),
-            // Of no use to the worker that came last, which knows no more of it than that.
-            Err(error @ WorkerError::Refused { .. }) => Ok(End::Failed(chain_of(&error))),
-            Err(error) => Err(error.into()),
-        }
+        end_session(&mut session.lock().expect("no holder of this lock panics"), end)
     }
 
     /// Waits until all of a message is there and there is room for its answer, so that handling it never waits for the front end.
@@ -520,6 +525,18 @@ impl<'k> Keeper<'k> {
             // What is there already would end any wait at once.
             self.wait(None, Some(session), 2)?;
         }
+    }
+}
+
+/// Ends what a front end has begun whose connection ends so, and says how it does.
+fn end_session(session: &mut Session<'_>, end: End) -> Result<End, KeeperError> {
+    match session.end() {
+        Ok(()) => Ok(end),
+        // There is no worker, and so no ring that runs.
+        Err(WorkerError::Stopped) => Ok(End::Stopped),
+        // Of no use to the worker that came last, which knows no more of it than that.
+        Err(error @ WorkerError::Refused { .. }) => Ok(End::Failed(chain_of(&error))),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -15,10 +15,11 @@ use pando::vhost_user::vitals;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rustix::process::Signal;
+use vhost::VhostBackend;
 
 use super::client::{Client, Profile, check_served};
 use super::deaths::{kill_worker, profile, storms, vitals_of, work};
-use super::harness::{Disk, SECTOR, descriptors_of, is_stopped, send, wait_until};
+use super::harness::{Disk, SECTOR, children_of, descriptors_of, is_stopped, send, wait_until};
 use super::lifecycle::contents;
 use super::managed::{Managed, Volume, Watcher, manner};
 use super::storm::Storm;
@@ -131,6 +132,28 @@ fn a_worker_that_is_stuck_holds_no_upgrade_up() {
     drop(client);
     managed.backend.stop();
     assert!(contents(&disk) == model);
+}
+
+/// Its rings have stopped by then, and a guest whose connection stays would wait for ever.
+#[test]
+fn an_upgrade_that_cannot_go_on_with_a_guest_ends_its_connection() {
+    let disk = Disk::new(1 << 20);
+    let mut managed = serve(&disk);
+    let mut client = Client::start(&managed.backend, &Profile::qemu());
+    client.queues[0].read(0, SECTOR);
+    client.guest.file_of(0).set_len(0).expect("the memfd shrinks");
+    let mark = managed.backend.log().mark();
+    managed.watcher.refused(&Command::Upgrade, &[next_program().as_fd()], "ends behind its file");
+    managed.backend.log().expect_after(mark, &["not upgraded", "ends behind its file"]);
+    managed.backend.log().expect_after(mark, &["the connection is ended", "ends behind its file"]);
+    assert!(client.front_end.get_features().is_err(), "it is still connected");
+    drop(client);
+    let keeper = managed.backend.keeper();
+    wait_until("one worker is left", || children_of(keeper).len() == 1);
+    let mut model = disk.contents.clone();
+    check_served(&managed.backend, &mut model, 25);
+    upgrade(&mut managed.watcher);
+    check_served(&managed.backend, &mut model, 26);
 }
 
 #[test]

@@ -1,8 +1,9 @@
-//! What of a [`Service`] goes to another program, and comes from one ([`crate::vhost_user::handover`]).
+//! What of a [`Service`] goes to another program, and comes from one ([`crate::vhost_user::handover`]); and the worker by which that program
+//! replaces the last one's.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::sys::process::Running;
 use crate::sys::socket::PacketListener;
@@ -12,16 +13,64 @@ use crate::vhost_user::control::Controllers;
 use crate::vhost_user::conversation::Conversation;
 use crate::vhost_user::device::Device;
 use crate::vhost_user::handover::{Further, HandoverError, Keeping, Kept, RingsState, ServiceState};
-use crate::vhost_user::order::Opened;
+use crate::vhost_user::order::{Opened, Order};
 use crate::vhost_user::vitals::Watch;
 
 use super::deaths::Deaths;
-use super::leaving::AllLeaving;
+use super::leaving::{AllLeaving, Why};
 use super::space::Space;
-use super::worker_process::Worker;
-use super::{Equipment, Inflight, Management, Service};
+use super::worker_process::{Worker, WorkerError};
+use super::{Equipment, Inflight, Management, Service, chain_of};
+
+/// A worker that waits to be told what to serve.
+pub struct Successor(Worker);
+
+impl Successor {
+    /// Does without it.
+    pub fn dismiss(self) -> Result<(), WorkerError> {
+        self.0.end().map(drop)
+    }
+}
 
 impl Service {
+    /// Starts a worker that is to serve in place of the one that does, and sees that it is there.
+    pub fn prepare_successor(&mut self) -> Result<Successor, WorkerError> {
+        let mut worker = Worker::execute(&self.equipment)?;
+        match worker.exchange(&mut self.watch, &Order::Hello, &[]) {
+            Ok(_) => Ok(Successor(worker)),
+            Err(error) => {
+                worker.end()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Has a worker take the place of the one that serves, whose rings have stopped. It has to be told how the guest's side stands.
+    pub fn succeed(&mut self, successor: Successor) -> Result<(), WorkerError> {
+        if self.elsewhere {
+            // There is nothing to serve yet.
+            return successor.dismiss();
+        }
+        // Nothing is made durable that was not: its successor has the same page cache.
+        if let Some(last) = self.worker.take() {
+            self.leaving.add(last.leave(Why::Replaced));
+        }
+        match successor.0.open(&self.part, &self.offer, &self.equipment, &mut self.watch) {
+            Ok((worker, opened)) => {
+                self.deaths.taken_over = Instant::now();
+                self.watch.taken_over();
+                self.worker = Some(worker);
+                self.replace_device(&opened);
+            }
+            Err(error) => {
+                log::error!("the next worker cannot serve: {}", chain_of(&error));
+                self.deaths.note(false);
+                self.replace()?;
+            }
+        }
+        Ok(())
+    }
+
     /// All that another program needs to know to go on here.
     pub fn freeze(&self, keeping: &mut Keeping) -> ServiceState {
         let [vitals, _] = self.watch.files();

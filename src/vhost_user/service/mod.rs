@@ -31,6 +31,7 @@ use crate::vhost_user::sandbox;
 use crate::vhost_user::vitals::{self, Watch};
 
 use deaths::Deaths;
+pub use handing_over::Successor;
 use leaving::{AllLeaving, End, Why};
 use space::Space;
 pub use worker_process::{Equipment, WorkerError};
@@ -455,44 +456,6 @@ impl Service {
         grown.transpose().map(drop).map_err(WorkerError::from)
     }
 
-    /// Starts a worker that is to serve in place of the one that does, and sees that it is there.
-    pub fn prepare_successor(&mut self) -> Result<Successor, WorkerError> {
-        let mut worker = Worker::execute(&self.equipment)?;
-        match worker.exchange(&mut self.watch, &Order::Hello, &[]) {
-            Ok(_) => Ok(Successor(worker)),
-            Err(error) => {
-                worker.end()?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Has a worker take the place of the one that serves, whose rings have stopped. It has to be told how the guest's side stands.
-    pub fn succeed(&mut self, successor: Successor) -> Result<(), WorkerError> {
-        if self.elsewhere {
-            // There is nothing to serve yet.
-            return successor.0.end().map(drop);
-        }
-        // Nothing is made durable that was not: its successor has the same page cache.
-        if let Some(last) = self.worker.take() {
-            self.leaving.add(last.leave(Why::Replaced));
-        }
-        match successor.0.open(&self.part, &self.offer, &self.equipment, &mut self.watch) {
-            Ok((worker, opened)) => {
-                self.deaths.taken_over = Instant::now();
-                self.watch.taken_over();
-                self.worker = Some(worker);
-                self.replace_device(&opened);
-            }
-            Err(error) => {
-                log::error!("the next worker cannot serve: {}", chain_of(&error));
-                self.deaths.note(false);
-                self.replace()?;
-            }
-        }
-        Ok(())
-    }
-
     /// Takes leave of a worker that is dead or as good as dead: it does nothing more when this returns.
     fn give_up(&mut self) -> Result<(), WorkerError> {
         let Some(worker) = self.worker.take() else { return Ok(()) };
@@ -673,9 +636,6 @@ impl Service {
         closed
     }
 }
-
-/// A worker that waits to be told what to serve.
-pub struct Successor(Worker);
 
 /// What ended a wait.
 pub struct Woken {

@@ -26,7 +26,7 @@ use crate::vhost_user::handover::{HandoverError, Keeping, Kept, RingState, Sessi
 use crate::vhost_user::inflight::{InflightError, RegionShape};
 use crate::vhost_user::order::{LogPlace, Order, REGIONS_MAX, RingOrder, RingRun, RingStop, SessionOrder};
 use crate::vhost_user::ring::RingPlace;
-use crate::vhost_user::service::{Service, WorkerError};
+use crate::vhost_user::service::{Service, Successor, WorkerError};
 use crate::vhost_user::state::{DeviceState, StateError};
 
 type Result<T> = std::result::Result<T, ProtocolError>;
@@ -233,10 +233,15 @@ impl<'k> Session<'k> {
     }
 
     /// Has a worker of this process's program serve in place of the one that does, which completes what it has taken.
-    pub fn hand_over(&self) -> std::result::Result<(), WorkerError> {
-        let successor = self.service().prepare_successor()?;
+    ///
+    /// # Errors
+    /// Whatever they are, no ring runs any more.
+    pub fn hand_over(&self, successor: Successor) -> std::result::Result<(), WorkerError> {
         let rings = self.running().into_iter().map(|index| RingOrder { index: index as u16, run: None }).collect();
-        self.ask(SessionOrder { rings, ..self.order() }, &[])?;
+        if let Err(error) = self.ask(SessionOrder { rings, ..self.order() }, &[]) {
+            successor.dismiss()?;
+            return Err(error);
+        }
         self.service().succeed(successor)?;
         match self.tell_all() {
             Err(error) if error.is_death() => self.revive(),
