@@ -1,6 +1,7 @@
 //! Guests and front ends that mean harm, or are broken: the request or the session ends with a clear line in the log, and the
 //! next front end is served.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
@@ -211,9 +212,10 @@ pub fn a_ring_that_is_wrong_is_served_no_further() {
 
 #[test]
 fn a_ring_that_changes_while_it_is_read_does_no_harm() {
-    // Nothing may be named again that is still in flight, as nothing is here when the next batch comes.
-    let mut target = Target::with(&["--delta-cache", "writeback"]);
-    let worker = target.backend.worker();
+    // Nothing may be named again that is still in flight, and nothing is here when the next batch comes, unless a read has to wait after all.
+    let mut target = Target::with(&["--delta-cache", "writeback", "--io", "threads"]);
+    let (worker, mark) = (target.backend.worker(), target.backend.log().mark());
+    let given_up = Cell::new(false);
     target.guest("noise", &[], |client| {
         let mut rng = SmallRng::seed_from_u64(1);
         let (descriptors, available) = (client.queues[0].ring.descriptors, client.queues[0].ring.available);
@@ -241,12 +243,19 @@ fn a_ring_that_changes_while_it_is_read_does_no_harm() {
             client.guest.store(available + 2, index);
             client.queues[0].ring.kick_anyway();
             // Never so far ahead that it counts as a jump, for then the ring would be served no further.
+            let asked = Instant::now();
             while index.wrapping_sub(client.queues[0].ring.used_index()) > 100 {
-                assert!(begun.elapsed() < PATIENCE, "{served} chains, and it is served no further");
+                if asked.elapsed() > Duration::from_secs(5) {
+                    given_up.set(true);
+                    return;
+                }
                 std::thread::yield_now();
             }
         }
     });
+    if given_up.get() {
+        target.backend.log().expect_after(mark, &["names descriptor", "before its request is complete"]);
+    }
     target.same_worker(worker);
     let size = std::fs::metadata(target.disk.base()).expect("the image").len();
     assert_eq!(size, DISK_BYTES as u64);
