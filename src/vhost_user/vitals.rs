@@ -275,6 +275,7 @@ mod tests {
         let mut watch = Watch::resume(memory.try_clone().unwrap(), 2).unwrap();
         let vitals = Vitals::map(&memory, watch.wake.try_clone().unwrap()).unwrap();
         let look = |watch: &mut Watch| {
+            assert!(watch.timeout_ms() >= 0, "nobody looks any more");
             watch.next = Some(Instant::now());
             watch.look()
         };
