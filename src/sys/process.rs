@@ -335,6 +335,15 @@ pub fn settle_allocator() {
     }
 }
 
+/// How often the calling thread has waited for the disk because a page that it touched was not in memory; never, if nobody says.
+pub fn major_faults() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: there is room for the answer.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
+    // SAFETY: integers alone, for which zeros are valid.
+    unsafe { usage.assume_init() }.ru_majflt.cast_unsigned()
+}
+
 /// How many processors this process may use; one if nobody says.
 pub fn processors() -> u32 {
     rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count())

@@ -91,6 +91,12 @@ pub const WORKER: &[Call] = &[
     Call::any("io_uring_enter", libc::SYS_io_uring_enter, "reads that the kernel carries out meanwhile"),
     Call::with("io_uring_register", libc::SYS_io_uring_register, UPDATE_FILES, "which files these are of"),
     Call::any("getrandom", libc::SYS_getrandom, "what tells the logs of two sessions apart"),
+    Call::with(
+        "getrusage",
+        libc::SYS_getrusage,
+        &[is(0, libc::RUSAGE_THREAD)],
+        "whether a copy has waited for the disk",
+    ),
     // A ring's thread.
     Call::with("clone", libc::SYS_clone, &[is(0, THREAD)], "it starts; no process does"),
     Call::any("set_robust_list", libc::SYS_set_robust_list, "the C library, in each"),

@@ -7,13 +7,14 @@
 mod away;
 mod complaints;
 mod running;
+mod stalls;
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::block::writes::Writes;
 use crate::block::{self, Batch, Volume};
@@ -40,6 +41,7 @@ use away::Away;
 use complaints::Complaints;
 pub use running::RunningQueue;
 use running::Stop;
+use stalls::Stalls;
 
 /// Requests of one batch: enough to share the costs of a batch; few enough that the driver handles the last batch's
 /// completions while this one is served, so that neither side sleeps.
@@ -47,12 +49,6 @@ const BATCH_REQUESTS: u16 = 16;
 
 /// A batch that has moved this many bytes is published, for the same reason.
 const BATCH_BYTES: u64 = 256 << 10;
-
-/// A batch of copies that takes longer than this has waited for something, such as a page that was in memory once.
-const fn copies_at_most(bytes: u64) -> Duration {
-    const NANOSECONDS_PER_BYTE: u64 = 1;
-    Duration::from_nanos(200_000 + bytes.saturating_mul(NANOSECONDS_PER_BYTE))
-}
 
 /// What serving a ring takes.
 pub struct Queue {
@@ -193,6 +189,7 @@ impl Queue {
         let mut batch = Batch::default();
         let mut writes = Writes::default();
         let mut tally = Tally::default();
+        let mut stalls = Stalls::new();
         let mut chain = Chain { written: self.log.is_some().then(Vec::new), ..Chain::default() };
         let mut completions = Vec::with_capacity(usize::from(BATCH_REQUESTS));
         // What was completed before this call descriptor came was told to another one, or to none.
@@ -247,7 +244,7 @@ impl Queue {
                 let shown = Instant::now();
                 let copied = away.copied.iter().map(|(_, len)| len).sum();
                 self.repose.note_read(copied);
-                if shown - taken > copies_at_most(copied) {
+                if stalls.waited(shown - taken, copied) {
                     away.copied.iter().for_each(|(offset, len)| self.volume.forget(*offset, *len));
                 }
                 away.copied_before = !away.copied.is_empty();
