@@ -141,7 +141,7 @@ pub struct SuiteOptions {
     pub qemu_storage_daemon: PathBuf,
     #[arg(long, default_value = "qemu-img")]
     pub qemu_img: PathBuf,
-    /// Times that everything is measured [default: 5, or 2 with --quick].
+    /// Times that everything is measured [default: 5, or 2 with --quick; where the disk is waited for, 10 or 6].
     #[arg(long)]
     rounds: Option<usize>,
     /// Time for each measurement [default: 2, or 0.5 with --quick].
@@ -177,6 +177,11 @@ pub struct SuiteOptions {
 impl SuiteOptions {
     pub fn rounds(&self) -> usize {
         self.rounds.unwrap_or(if self.quick { 2 } else { 5 })
+    }
+
+    /// The same for what waits for the disk, which varies most.
+    pub fn rounds_on_disk(&self) -> usize {
+        self.rounds.unwrap_or(if self.quick { 6 } else { 10 })
     }
 
     pub fn seconds(&self) -> f64 {

@@ -503,6 +503,25 @@ fn advise(file: &File, advice: libc::c_int) -> io::Result<()> {
     }
 }
 
+/// Writes to so many bytes of memory that nobody uses, and gives them back. What the kernel hands out next is then there: a hypervisor that takes back what has been
+/// free for some seconds (free page reporting) has to find it again otherwise, page by page, when somebody first writes to it.
+pub fn warm_free_memory(bytes: usize) -> io::Result<()> {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let start = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the mapping that was just made, which nobody else knows of.
+    unsafe {
+        // Where there are no large pages, small ones do.
+        libc::madvise(start, bytes, libc::MADV_HUGEPAGE);
+        let written = check(libc::madvise(start, bytes, libc::MADV_POPULATE_WRITE));
+        libc::munmap(start, bytes);
+        written
+    }
+}
+
 /// Reads a whole file once, so that it is in the page cache.
 pub fn fill_cache(file: &File) -> io::Result<()> {
     fill_cache_to(file, u64::MAX)

@@ -40,6 +40,7 @@ impl Inspection {
         let site = Site::new(&options.work_dir, programs)?;
         let manner = Manner {
             rounds: 1,
+            rounds_on_disk: 1,
             time: Duration::from_secs_f64(options.seconds),
             wait: Wait::Poll,
             buffer_bytes: 0,

@@ -158,7 +158,7 @@ fn caption(record: &Record) -> [String; 2] {
     versions.dedup();
     [
         format!("{date}; {}, {} CPUs, Linux {}", machine.cpu, machine.cpus, machine.kernel),
-        format!("Medians of {} rounds of {} s, in turn; {}", settings.rounds, settings.seconds, versions.join(", ")),
+        format!("Medians of {}, in turn; {}", settings.rounds(), versions.join(", ")),
     ]
 }
 
@@ -190,7 +190,7 @@ mod tests {
                 kernel: "6.1".to_owned(),
                 memory_mib: 1,
             },
-            settings: Settings { rounds: 2, seconds: 0.5, wait: "poll".to_owned(), buffer_bytes: 0 },
+            settings: Settings { rounds: 2, rounds_on_disk: 6, seconds: 0.5, wait: "poll".to_owned(), buffer_bytes: 0 },
             contestants: CONTESTANTS
                 .iter()
                 .map(|it| Identity { name: it.name.to_owned(), about: String::new(), version: "x 1 (y)".to_owned() })

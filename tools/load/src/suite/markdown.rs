@@ -17,9 +17,12 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
     let (machine, settings) = (&record.machine, &record.settings);
     writeln!(
         out,
-        "{}, {} CPUs, Linux {}; medians of {} rounds of {} s, all in one run. In \
+        "{}, {} CPUs, Linux {}; medians of {}, all in one run. In \
          brackets: the first backend's ratio to the limit, the others' to the first.\n",
-        machine.cpu, machine.cpus, machine.kernel, settings.rounds, settings.seconds
+        machine.cpu,
+        machine.cpus,
+        machine.kernel,
+        settings.rounds()
     )?;
     for identity in &record.contestants {
         writeln!(out, "- `{}`: {} ({})", identity.name, identity.about, identity.version)?;

@@ -30,8 +30,9 @@ use crate::run::{self, Driver};
 use crate::suite::contestants::{CONTESTANTS, Contestant, Programs, Volume};
 use crate::suite::limit::{Bench, Reading};
 use crate::suite::record::{Identity, Record, RowRecord, Sample, Settings};
-use crate::suite::rows::{BASE_BYTES, ROWS, Row};
+use crate::suite::rows::{BASE_BYTES, COLD_BYTES, ROWS, Row};
 use crate::suite::site::Site;
+use crate::sys;
 use crate::verify::{Base, Verifier};
 use crate::workload::Mix;
 
@@ -67,6 +68,7 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
     let rows: Vec<_> = ROWS.iter().filter(|row| wanted(&options.only, row.name)).collect();
     let manner = Manner {
         rounds: options.rounds(),
+        rounds_on_disk: options.rounds_on_disk(),
         time: Duration::from_secs_f64(options.seconds()),
         wait: options.wait,
         buffer_bytes: usize::try_from(options.buffers)?,
@@ -82,6 +84,7 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
         machine: machine::describe()?,
         settings: Settings {
             rounds: options.rounds(),
+            rounds_on_disk: options.rounds_on_disk(),
             seconds: options.seconds(),
             wait: format!("{:?}", options.wait).to_lowercase(),
             buffer_bytes: manner.buffer_bytes,
@@ -108,6 +111,8 @@ pub fn run(options: &SuiteOptions) -> Result<()> {
 #[derive(Clone, Copy, Debug)]
 pub struct Manner {
     pub rounds: usize,
+    /// The same for lines that wait for the disk.
+    pub rounds_on_disk: usize,
     /// For each measurement.
     pub time: Duration,
     /// How the driver learns of completions, where the line does not say it.
@@ -143,9 +148,13 @@ impl Suite<'_> {
                 samples: self.contestants.iter().map(|_| Vec::new()).collect(),
             })
             .collect();
-        let rounds = self.manner.rounds;
-        for round in 0..rounds {
+        let rounds_of = |row: &Row| if row.is_on_disk() { self.manner.rounds_on_disk } else { self.manner.rounds };
+        for round in 0..rows.iter().map(|row| rounds_of(row)).max().unwrap_or(0) {
             for (row, record) in rows.iter().zip(&mut records) {
+                let rounds = rounds_of(row);
+                if round >= rounds {
+                    continue;
+                }
                 let label = format!("round {} of {rounds}: {}", round + 1, row.name);
                 progress(&label);
                 if self.manner.with_limit && !row.waits() {
@@ -237,6 +246,9 @@ impl Suite<'_> {
         let mut device = Greeting::new(stream)?.start(&setup)?;
         for workload in row.before {
             run::measure(&mut device, workload, &driver, None).context("preparing")?;
+        }
+        if row.cold {
+            sys::warm_free_memory(2 * COLD_BYTES as usize).context("writing to free memory")?;
         }
         let mut work = || run::measure(&mut device, &row.measured, &driver, Some(self.manner.time));
         let seen = watch(backend, &mut work)?;

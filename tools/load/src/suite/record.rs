@@ -37,9 +37,21 @@ pub struct Machine {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Settings {
     pub rounds: usize,
+    pub rounds_on_disk: usize,
     pub seconds: f64,
     pub wait: String,
     pub buffer_bytes: usize,
+}
+
+impl Settings {
+    /// How many rounds of how long.
+    pub fn rounds(&self) -> String {
+        let Settings { rounds, rounds_on_disk, seconds, .. } = self;
+        if rounds == rounds_on_disk {
+            return format!("{rounds} rounds of {seconds} s");
+        }
+        format!("{rounds} rounds of {seconds} s ({rounds_on_disk} where the disk is waited for)")
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -35,6 +35,11 @@ impl Row {
         self.cold || self.direct
     }
 
+    /// Whether it waits for the disk at all.
+    pub fn is_on_disk(&self) -> bool {
+        self.waits() || self.measured.mix == Mix::WriteFlush
+    }
+
     /// Whether it takes a disk that can be written.
     pub fn writes(&self) -> bool {
         let mut all = self.before.iter().chain([&self.measured]);

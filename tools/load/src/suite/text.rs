@@ -22,9 +22,8 @@ fn write(out: &mut String, record: &Record) -> std::fmt::Result {
     )?;
     writeln!(
         out,
-        "medians of {} rounds of {} s; the driver learns of completions by {}",
-        settings.rounds,
-        settings.seconds,
+        "medians of {}; the driver learns of completions by {}",
+        settings.rounds(),
         if settings.wait == "poll" { "polling" } else { "interrupts" }
     )?;
     for identity in &record.contestants {

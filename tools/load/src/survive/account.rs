@@ -19,6 +19,7 @@ const LINES: [&str; 2] = ["4k random read, base, depth 32", "4k overwrite, rando
 pub fn measure(options: &SurviveOptions, site: &Site) -> Result<Vec<RowRecord>> {
     let manner = Manner {
         rounds: options.rounds,
+        rounds_on_disk: options.rounds,
         time: Duration::from_secs_f64(options.seconds),
         wait: Wait::Poll,
         buffer_bytes: 0,
