@@ -489,6 +489,12 @@ pub fn held_bytes(place: &Path) -> io::Result<u64> {
     Ok((found.f_blocks - found.f_bfree) * found.f_frsize)
 }
 
+/// Waits until all that was written to a file's file system is on its disk, and what was removed from it is given back there.
+pub fn sync_file_system(file: &File) -> io::Result<()> {
+    // SAFETY: no memory is passed; the descriptor is open.
+    check(unsafe { libc::syncfs(file.as_raw_fd()) })
+}
+
 /// Drops a file's clean pages from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     advise(file, libc::POSIX_FADV_DONTNEED)

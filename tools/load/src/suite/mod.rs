@@ -247,6 +247,9 @@ impl Suite<'_> {
         for workload in row.before {
             run::measure(&mut device, workload, &driver, None).context("preparing")?;
         }
+        if row.is_on_disk() {
+            self.site.settle().context("waiting for the disk")?;
+        }
         if row.cold {
             sys::warm_free_memory(2 * COLD_BYTES as usize).context("writing to free memory")?;
         }

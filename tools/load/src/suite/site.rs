@@ -56,6 +56,11 @@ impl Site {
         Ok(self.named("cold-base", BASE_BYTES, 0, queues))
     }
 
+    /// Has the disk done with all that was written and removed before.
+    pub fn settle(&self) -> Result<()> {
+        Ok(sys::sync_file_system(&self.base)?)
+    }
+
     /// The volume that is measured; `index` tells several apart.
     pub fn volume(&self, index: usize, queues: usize) -> Volume {
         self.named("base", BASE_BYTES, index, queues)
