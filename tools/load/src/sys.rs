@@ -520,7 +520,7 @@ pub fn warm_free_memory(bytes: usize) -> io::Result<()> {
     }
     // SAFETY: the mapping that was just made, which nobody else knows of.
     unsafe {
-        // Where there are no large pages, small ones do.
+        // In large pages where there are any: of memory given back in small ones, some is still not there.
         libc::madvise(start, bytes, libc::MADV_HUGEPAGE);
         let written = check(libc::madvise(start, bytes, libc::MADV_POPULATE_WRITE));
         libc::munmap(start, bytes);
