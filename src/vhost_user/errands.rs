@@ -240,8 +240,8 @@ impl Errands {
     /// Hands a request over. An error when there is no thread for it: then whoever asks has to wait after all.
     pub fn send(&self, errand: Errand, job: Job) -> io::Result<()> {
         let mut state = lock(&self.shared.state);
-        if errand == Errand::Flush && state.is_flushing {
-            // Whoever flushes has this one in the same sync, or in the next.
+        if errand == Errand::Flush && (state.is_flushing || !state.flushes.is_empty()) {
+            // Whoever flushes, or is on the way to, has this one in the same sync, or in the next.
             state.flushes.push(job);
             let is_last = state.awaits > 0 && state.flushes.len() >= state.awaits;
             if is_last {

@@ -4,7 +4,7 @@
 //! request. Looking at the ring meanwhile costs the time of a processor; so it is done for as long as requests have lately come soon enough,
 //! and not at all while nothing comes, nor while something else wants the processor.
 //!
-//! Where there is to be no polling, a glance of a microsecond or two still pays with drivers that make their next request as soon as they are
+//! Where there is to be no polling, a glance of some microseconds still pays with drivers that make their next request as soon as they are
 //! answered.
 //!
 //! Knows times and no ring.
@@ -30,10 +30,9 @@ const YIELD_MIN: Duration = Duration::from_millis(1);
 const YIELD_MAX: Duration = Duration::from_secs(1);
 
 /// How long a glance takes at most: less than falling asleep and being woken.
-const GLANCE: Duration = Duration::from_micros(2);
-/// Of a thousand glances so many have to have paid lately. If not, one is tried now and then, after this many that are not.
-const GLANCES_PAID_MIN: u32 = 750;
-const GLANCES_LEFT_OUT: u32 = 32;
+const GLANCE: Duration = Duration::from_micros(5);
+/// After one that has not paid, one is left out, and twice as many each further time, but never more than this.
+const GLANCE_BACKOFF_MAX: u32 = 32;
 
 /// Queues of this process that poll at the moment.
 static POLLERS: AtomicU32 = AtomicU32::new(0);
@@ -47,10 +46,10 @@ pub struct Polling {
     yields_until: Option<Instant>,
     yields_for: Duration,
     pollers_max: u32,
-    /// Of a thousand glances, how many have lately paid.
-    glances_paid: u32,
-    /// Glances left out since the last one.
-    glances_left_out: u32,
+    /// Glances still to be left out.
+    glances_to_skip: u32,
+    /// How many were to be after the last one.
+    glance_backoff: u32,
 }
 
 /// One queue among those that poll.
@@ -68,8 +67,8 @@ impl Polling {
             yields_until: None,
             yields_for: YIELD_MIN,
             pollers_max,
-            glances_paid: 1000,
-            glances_left_out: 0,
+            glances_to_skip: 0,
+            glance_backoff: 0,
         }
     }
 
@@ -82,17 +81,17 @@ impl Polling {
         if self.limit.is_zero() {
             return None;
         }
-        if self.glances_paid < GLANCES_PAID_MIN && self.glances_left_out < GLANCES_LEFT_OUT {
-            self.glances_left_out += 1;
+        if self.glances_to_skip > 0 {
+            self.glances_to_skip -= 1;
             return None;
         }
-        self.glances_left_out = 0;
         Some(self.limit.min(GLANCE))
     }
 
     /// Notes whether a request came during a glance.
     pub fn glanced(&mut self, paid: bool) {
-        self.glances_paid = self.glances_paid - self.glances_paid / WEIGHT + if paid { 1000 / WEIGHT } else { 0 };
+        self.glance_backoff = if paid { 0 } else { (self.glance_backoff * 2).clamp(1, GLANCE_BACKOFF_MAX) };
+        self.glances_to_skip = self.glance_backoff;
     }
 
     /// How long to poll from `now`, when requests have just run out; `None`: not at all.
@@ -224,7 +223,11 @@ mod tests {
         let useless = (0..1000).filter(|_| glance(false)).count();
         assert!((1000 / 33..40).contains(&useless), "{useless} of 1,000 that do not pay");
         let useful = (0..1000).filter(|_| glance(true)).count();
-        assert!(useful > 500, "{useful} of 1,000 that pay again");
+        assert!(useful >= 1000 - 32, "{useful} of 1,000: once one pays again, so may all");
+        assert!(glance(false));
+        assert!(!glance(true), "one is left out");
+        assert!(glance(true));
+        assert!(glance(true), "and none after one that has paid");
     }
 
     #[test]

@@ -110,6 +110,29 @@ fn each_flush_of_many_makes_what_was_written_durable() {
     }
 }
 
+#[test]
+fn however_many_queues_flush_one_thread_does_it_for_all() {
+    let disk = Disk::new(DISK_BYTES);
+    let backend = disk.serve_with(&["--queues", "4"]);
+    let mut client = Client::start(&backend, &Profile { queues: 4, ..Profile::qemu() });
+    let threads = || std::fs::read_dir(format!("/proc/{}/task", backend.worker())).expect("it lives").count();
+    let before = threads();
+    std::thread::scope(|scope| {
+        for (queue, first) in client.queues.iter_mut().zip((8..).step_by(8)) {
+            scope.spawn(move || {
+                for number in 0..100 {
+                    queue.write(first, &[number; SECTOR]);
+                    queue.flush();
+                }
+            });
+        }
+    });
+    assert_eq!(threads(), before + 1);
+    for sector in (8..40).step_by(8) {
+        assert!(requests::survives_power_loss(&disk, sector, &[99; SECTOR]), "sector {sector}");
+    }
+}
+
 /// Page tables are for pages that are mapped, so it is those that are counted.
 #[test]
 fn a_worker_at_rest_lets_go_of_what_it_has_mapped_and_reads_on() {
