@@ -1,5 +1,6 @@
 //! Workers that die under a guest: the front end notices nothing, and no request is lost or done twice.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -25,7 +26,7 @@ use super::guest::{Backing, Guest};
 use super::harness::{Backend, Disk, PATIENCE, SECTOR, children_of, is_alive, program, send, text, wait_until};
 use super::lifecycle::contents;
 use super::managed::{Managed, Volume, manner};
-use super::queue::{FLUSH, IN, IOERR, OUT, Queue, header};
+use super::queue::{FLUSH, GET_ID, IN, IOERR, OK, OUT, Queue, header};
 use super::ring::Buffer;
 use super::storm::Storm;
 
@@ -77,7 +78,8 @@ pub fn check_all(disk: &Disk, mut backend: Backend, client: Client, storms: &mut
     assert!(contents(disk) == model, "the files do not hold what was written");
 }
 
-/// Who kills workers, and lets one get further in between: too many that get nowhere would be held, and on a busy machine any may.
+/// Who kills workers, and lets one get further in between: too many that get nowhere would be held, and on a busy machine any may. So would too many
+/// in too short a time.
 pub struct Killer<'b> {
     backend: &'b Backend,
     guest: Arc<Guest>,
@@ -86,21 +88,30 @@ pub struct Killer<'b> {
     /// What they were at the last strike, and how many strikes in a row have found them so.
     before: Vec<u16>,
     in_vain: u32,
+    /// The last strikes.
+    recent: VecDeque<Instant>,
 }
 
 impl Killer<'_> {
+    /// Some less than what is too many within ten seconds.
+    const RECENT_MAX: usize = 250;
+
     pub fn of<'b>(backend: &'b Backend, storms: &[Storm]) -> Killer<'b> {
         let indexes = storms.iter().map(|storm| storm.queue.ring.used + 2).collect();
-        Killer { backend, guest: Arc::clone(storms[0].queue.guest()), indexes, before: Vec::new(), in_vain: 0 }
+        let guest = Arc::clone(storms[0].queue.guest());
+        Killer { backend, guest, indexes, before: Vec::new(), in_vain: 0, recent: VecDeque::new() }
     }
 
     /// Kills the worker, if there is one that may be killed. Whether there was.
     pub fn strike(&mut self) -> bool {
         assert!(is_alive(self.backend.keeper()), "the keeper is dead");
         let is_in_vain = self.used() == self.before;
-        if is_in_vain && self.in_vain >= 2 || !kill_worker(self.backend) {
+        self.recent.retain(|strike| strike.elapsed() < Duration::from_secs(11));
+        let are_many = self.recent.len() >= Self::RECENT_MAX;
+        if is_in_vain && self.in_vain >= 2 || are_many || !kill_worker(self.backend) {
             return false;
         }
+        self.recent.push_back(Instant::now());
         // Not as they were at first: what was completed until now is none of the next one's.
         (self.before, self.in_vain) = (self.used(), if is_in_vain { self.in_vain + 1 } else { 0 });
         true
@@ -284,6 +295,27 @@ fn nobody_waits_until_the_memory_of_a_dead_worker_is_unmapped() {
     assert!(managed.backend.wait().success());
     let told = managed.watcher.events.iter().filter(|event| matches!(event, Event::WorkerDied { .. })).count();
     assert_eq!(told, deaths + 1, "{:?}", managed.watcher.events);
+}
+
+/// However soon they die behind that: of what they take over they do not.
+#[test]
+fn workers_that_each_complete_something_are_not_held() {
+    let disk = Disk::new(1 << 20);
+    let backend = serve_dying(&disk, "Notified 1000");
+    let mut client = Client::start(&backend, &Profile::qemu());
+    let file = disk.path("abort");
+    // The first time is when a ring starts.
+    let next_dies = || fs::write(&file, "Notified 2").expect("a file");
+    next_dies();
+    kill_worker(&backend);
+    for _ in 0..8 {
+        wait_until("there is another worker", || !file.exists());
+        next_dies();
+        // It waits for nothing, and is over in one batch.
+        assert_eq!(client.queues[0].execute(GET_ID, 0, &[], 20).status, OK);
+    }
+    wait_until("the last has died", || backend.log().text().matches("the worker has died").count() == 9);
+    assert!(!backend.log().text().contains("held"), "{}", backend.log().text());
 }
 
 /// A backend whose first worker dies at a step.

@@ -525,6 +525,8 @@ impl Queue {
         let wants_notice = self.ring.publish();
         self.note_used();
         if wants_notice {
+            // It has got further, and whoever is woken now may have the processor before it says so otherwise.
+            self.vitals.go_on(self.index);
             self.notify(stop, complaints);
         }
     }
