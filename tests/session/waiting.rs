@@ -113,7 +113,7 @@ fn each_flush_of_many_makes_what_was_written_durable() {
 #[test]
 fn however_many_queues_flush_one_thread_does_it_for_all() {
     let disk = Disk::new(DISK_BYTES);
-    let backend = disk.serve_with(&["--queues", "4"]);
+    let backend = disk.serve_with(&["--queues", "4", "--delta-cache", "writeback"]);
     let mut client = Client::start(&backend, &Profile { queues: 4, ..Profile::qemu() });
     let threads = || std::fs::read_dir(format!("/proc/{}/task", backend.worker())).expect("it lives").count();
     let before = threads();
