@@ -3,6 +3,7 @@
 //! [`Host::converge`] is what brings the backends' side to what the catalog wants: whoever changes a volume's target calls it, and it
 //! may be called at any time and again.
 
+use std::collections::HashSet;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
@@ -293,6 +294,7 @@ impl Host {
         // In turn, so that one comes again as late as can be.
         let turn = self.catalog.change(|facts| Ok::<_, Error>(facts.count("backend-uid")?))?;
         let begun = Instant::now();
+        let mut running: Option<HashSet<u32>> = None;
         loop {
             let noted = self.catalog.change(|facts| {
                 let mut is_any_free = false;
@@ -302,7 +304,7 @@ impl Host {
                     }
                     is_any_free = true;
                     // A backend may not have ended when it said that it would.
-                    if !process::runs_as(uid) {
+                    if !process::is_any_of(uid) || running.as_ref().is_some_and(|running| !running.contains(&uid)) {
                         facts.set_backend_uid(row.id, Some(uid))?;
                         return Ok(Some(uid));
                     }
@@ -316,6 +318,8 @@ impl Host {
                 return Err(none_left());
             }
             std::thread::sleep(Duration::from_millis(5));
+            // A backend that was started by a daemon before this one, and has ended, is there until the first process waits for it.
+            running = process::users_running().ok();
         }
     }
 

@@ -1,8 +1,10 @@
 //! Processes and signals: the worker as a child, the requests to stop, the identity of this boot.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 #[cfg(not(fuzzing))]
 use std::os::unix::process::ExitStatusExt;
@@ -74,12 +76,39 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     Ok(maximum.unwrap_or(u64::MAX))
 }
 
-/// Whether any process runs as a user.
-pub fn runs_as(uid: u32) -> bool {
+/// Whether there is any process of a user: one that runs, or one that has ended and that its parent has not waited for.
+pub fn is_any_of(uid: u32) -> bool {
     // SAFETY: takes no pointers. Of the processes of this user it gives the highest priority, and fails when there are none; what else may go
     // wrong does not say that there are none.
     let found = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_USER, uid) };
     found >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+}
+
+/// Whom processes run as that have not ended. Reads a file for each process of the machine.
+pub fn users_running() -> io::Result<HashSet<u32>> {
+    let mut users = HashSet::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let path = entry?.path();
+        if !path.file_name().is_some_and(|name| name.as_bytes().iter().all(u8::is_ascii_digit)) {
+            continue;
+        }
+        match std::fs::read_to_string(path.join("status")) {
+            Ok(status) => users.extend(users_of(&status)),
+            // It is gone; to say so is the kernel's choice of errors.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(users)
+}
+
+/// Whom a process runs as by its `status` of /proc; nobody when it has ended.
+fn users_of(status: &str) -> Vec<u32> {
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
+    // A first thread that has ended says so of itself alone.
+    let has_ended = field("State:").starts_with(['Z', 'X']) && matches!(field("Threads:"), "0" | "1");
+    if has_ended { Vec::new() } else { field("Uid:").split('\t').filter_map(|number| number.parse().ok()).collect() }
 }
 
 /// Starts the program that is open as `program`, as [`execute_self`] does.
@@ -362,5 +391,24 @@ pub fn is_same_opening(one: (u32, i32), other: (u32, i32)) -> io::Result<bool> {
         0 => Ok(true),
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_has_ended_runs_as_nobody() {
+        let status = |state: &str, threads: u32| {
+            format!("Name:\tpando-blk\nState:\t{state}\nUid:\t7\t8\t9\t10\nGid:\t1\t1\t1\t1\nThreads:\t{threads}\n")
+        };
+        for (state, threads) in [("R (running)", 1), ("S (sleeping)", 1), ("D (disk sleep)", 3), ("Z (zombie)", 2)] {
+            assert_eq!(users_of(&status(state, threads)), [7, 8, 9, 10], "{state}");
+        }
+        for state in ["Z (zombie)", "X (dead)"] {
+            assert!(users_of(&status(state, 1)).is_empty(), "{state}");
+        }
+        assert!(users_running().unwrap().contains(&rustix::process::geteuid().as_raw()));
     }
 }

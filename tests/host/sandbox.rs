@@ -114,8 +114,11 @@ fn backends_have_users_of_their_own_when_there_are_some() {
     assert_ne!(a, b);
     assert!(![a, b].contains(&FIRST), "two run as {FIRST}");
     assert!(no_user_is_left(&daemon, "c"));
-    drop(somebody);
+    // Whoever has ended is nobody any more, even while nobody has waited for that.
+    send(somebody.process(), Signal::KILL);
     assert_eq!(attach(&daemon, "c"), FIRST);
+    assert_eq!(user_of(somebody.process()).uid, FIRST);
+    drop(somebody);
     assert!(no_user_is_left(&daemon, "d"));
 
     // They serve.
