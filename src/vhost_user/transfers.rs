@@ -85,7 +85,7 @@ const RINGS_MAX: u16 = 4;
 const EAGER: u32 = 2;
 /// While other requests wait, it is told of so many at a time: most of what that takes it takes once for all of them, and they would wait for it each time.
 const TOGETHER: u32 = 4;
-/// No transfer waits for more batches than this to come together with others.
+/// No transfer waits for more batches than this to come together with others, and for no more than as many again until those before it are collected.
 const PUT_OFF_MAX: u32 = 4;
 
 /// The rings of a worker, which its queues share out.
@@ -318,7 +318,11 @@ impl<'m> Transfers<'m> {
     #[inline]
     pub fn submit_soon(&mut self, volume: &Volume, others: bool) {
         let waiting = self.uring.as_ref().map_or(0, Uring::unsubmitted);
-        if others && waiting < TOGETHER && self.put_off < PUT_OFF_MAX {
+        // The kernel copies what has been read meanwhile on the way back from a call. Requests that wait would wait for that and for the submission, one behind the
+        // other: so it comes by itself, ahead of the next batch.
+        let has_some = self.uring.as_ref().is_some_and(Uring::has_some);
+        let put_off_max = if has_some { 2 * PUT_OFF_MAX } else { PUT_OFF_MAX };
+        if others && (waiting < TOGETHER || has_some) && self.put_off < put_off_max {
             self.put_off += u32::from(waiting > 0);
         } else {
             self.submit(volume);
