@@ -92,7 +92,7 @@ pub fn users_running() -> io::Result<HashSet<u32>> {
         if !path.file_name().is_some_and(|name| name.as_bytes().iter().all(u8::is_ascii_digit)) {
             continue;
         }
-        match std::fs::read_to_string(path.join("status")) {
+        match std::fs::read(path.join("status")) {
             Ok(status) => users.extend(users_of(&status)),
             // It is gone; to say so is the kernel's choice of errors.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -104,7 +104,9 @@ pub fn users_running() -> io::Result<HashSet<u32>> {
 }
 
 /// Whom a process runs as by its `status` of /proc; nobody when it has ended.
-fn users_of(status: &str) -> Vec<u32> {
+fn users_of(status: &[u8]) -> Vec<u32> {
+    // Its name may be any bytes but the end of a line.
+    let status = String::from_utf8_lossy(status);
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
     // A first thread that has ended says so of itself alone.
     let has_ended = field("State:").starts_with(['Z', 'X']) && matches!(field("Threads:"), "0" | "1");
@@ -401,7 +403,8 @@ mod tests {
     #[test]
     fn whoever_has_ended_runs_as_nobody() {
         let status = |state: &str, threads: u32| {
-            format!("Name:\tpando-blk\nState:\t{state}\nUid:\t7\t8\t9\t10\nGid:\t1\t1\t1\t1\nThreads:\t{threads}\n")
+            let rest = format!("\nState:\t{state}\nUid:\t7\t8\t9\t10\nGid:\t1\t1\t1\t1\nThreads:\t{threads}\n");
+            [b"Name:\t\xffpando", rest.as_bytes()].concat()
         };
         for (state, threads) in [("R (running)", 1), ("S (sleeping)", 1), ("D (disk sleep)", 3), ("Z (zombie)", 2)] {
             assert_eq!(users_of(&status(state, threads)), [7, 8, 9, 10], "{state}");
