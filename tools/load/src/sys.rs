@@ -8,11 +8,11 @@
 //! flight); no reference to it is ever handed out.
 
 use std::ffi::{CStr, CString};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -498,6 +498,28 @@ pub fn sync_file_system(file: &File) -> io::Result<()> {
 /// Drops a file's clean pages from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     advise(file, libc::POSIX_FADV_DONTNEED)
+}
+
+/// Reads a whole file from its disk, whatever of it is in the page cache, and leaves nothing there. Where the file system cannot, nothing is read.
+pub fn read_past_cache(path: &Path) -> io::Result<()> {
+    const PIECE_BYTES: usize = 1 << 20;
+    /// What any disk asks of a buffer's address.
+    const ALIGNMENT: usize = 4096;
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
+        file => file?,
+    };
+    let mut buffer = vec![0; PIECE_BYTES + ALIGNMENT];
+    let start = buffer.as_ptr().align_offset(ALIGNMENT);
+    let piece = &mut buffer[start..start + PIECE_BYTES];
+    let mut at = 0;
+    loop {
+        let count = file.read_at(piece, at)?;
+        if count < PIECE_BYTES {
+            return Ok(());
+        }
+        at += count as u64;
+    }
 }
 
 /// Tells the kernel something about all of a file.

@@ -163,6 +163,9 @@ impl Suite<'_> {
                 if self.manner.with_limit && !row.waits() && row.measured.mix == Mix::Read {
                     record.bare_pread.push(self.limit(row, round, Reading::Pread)?);
                 }
+                if row.cold {
+                    self.site.find_cold_base()?;
+                }
                 for place in 0..self.contestants.len() {
                     // Everyone goes first once, so that nobody always follows the same neighbour.
                     let index = (place + round) % self.contestants.len();
