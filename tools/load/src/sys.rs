@@ -590,6 +590,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_past_the_cache_leaves_nothing_there() {
+        const BYTES: usize = 3 << 20;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(&vec![1; BYTES], 0).unwrap();
+        file.as_file().sync_all().unwrap();
+        let mapping = Mapping::new(file.as_file(), BYTES, libc::PROT_READ).unwrap();
+        // What is mapped cannot be dropped.
+        // SAFETY: the range is mapped, and has the file's bytes again when it is next read.
+        check(unsafe { libc::madvise(mapping.start.as_ptr().cast(), BYTES, libc::MADV_DONTNEED) }).unwrap();
+        drop_cache(file.as_file()).unwrap();
+        let is_cached = || {
+            let mut pages = vec![0_u8; BYTES / 4096];
+            // SAFETY: the range is mapped, and there is a byte for each of its pages.
+            check(unsafe { libc::mincore(mapping.start.as_ptr().cast(), BYTES, pages.as_mut_ptr()) }).unwrap();
+            pages.iter().any(|page| page & 1 == 1)
+        };
+        if is_cached() {
+            // A file system in memory.
+            return;
+        }
+        read_past_cache(file.path()).unwrap();
+        assert!(!is_cached());
+        fill_cache(file.as_file()).unwrap();
+        assert!(is_cached(), "or this shows nothing");
+    }
+
+    #[test]
     fn a_process_has_a_handle_until_after_its_end() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let handle = ProcessHandle::open(child.id()).unwrap();

@@ -164,7 +164,7 @@ impl Suite<'_> {
                     record.bare_pread.push(self.limit(row, round, Reading::Pread)?);
                 }
                 if row.cold {
-                    self.site.find_cold_base()?;
+                    self.site.read_cold_base()?;
                 }
                 for place in 0..self.contestants.len() {
                     // Everyone goes first once, so that nobody always follows the same neighbour.

@@ -58,7 +58,7 @@ impl Site {
 
     /// Reads its base past the page cache. The disk of a virtual machine has a cache below it that other lines push it out of, and whoever came first would
     /// read for all who come next.
-    pub fn find_cold_base(&self) -> Result<()> {
+    pub fn read_cold_base(&self) -> Result<()> {
         let path = self.directory.join("cold-base");
         sys::read_past_cache(&path).with_context(|| path.display().to_string())
     }
