@@ -24,6 +24,7 @@ mod soak;
 mod suite;
 mod survive;
 mod sys;
+mod turns;
 mod verify;
 mod workload;
 

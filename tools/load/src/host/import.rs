@@ -13,6 +13,7 @@ use crate::content;
 use crate::host::daemon::Daemon;
 use crate::suite::progress;
 use crate::sys;
+use crate::turns;
 
 /// Seconds that each took, a sample for each round.
 #[derive(Default)]
@@ -36,13 +37,12 @@ pub fn measure(options: &HostOptions, directory: &Path, daemon: &Daemon) -> Resu
     let mut imports = Imports::default();
     for round in 0..options.rounds {
         progress(&format!("round {} of {}: import and copy", round + 1, options.rounds));
-        for place in 0..3 {
+        for importer in turns::order(3, round) {
             sys::fill_cache(&file)?;
             // What one has left to be written is not to be the next one's burden.
             run("sync", &[])?;
             let since = Instant::now();
-            // Everyone goes first once, so that nobody always follows the same neighbour.
-            match (place + round) % 3 {
+            match importer {
                 0 => {
                     let (digest, took) = daemon.import(&image)?;
                     imports.pando.push(took.as_secs_f64());

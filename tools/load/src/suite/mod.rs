@@ -33,6 +33,7 @@ use crate::suite::record::{Identity, Record, RowRecord, Sample, Settings};
 use crate::suite::rows::{BASE_BYTES, COLD_BYTES, ROWS, Row};
 use crate::suite::site::Site;
 use crate::sys;
+use crate::turns;
 use crate::verify::{Base, Verifier};
 use crate::workload::Mix;
 
@@ -166,16 +167,14 @@ impl Suite<'_> {
                 if row.cold {
                     self.site.read_cold_base()?;
                 }
-                for place in 0..self.contestants.len() {
-                    // Everyone goes first once, so that nobody always follows the same neighbour.
-                    let index = (place + round) % self.contestants.len();
+                let takes_part = |index: &usize| self.contestants[*index].writable || !row.writes();
+                let entered: Vec<_> = (0..self.contestants.len()).filter(takes_part).collect();
+                for index in turns::order(entered.len(), round).into_iter().map(|turn| entered[turn]) {
                     let contestant = self.contestants[index];
-                    if contestant.writable || !row.writes() {
-                        progress(&format!("{label}: {}", contestant.name));
-                        let sample = self.sample(contestant, row, round);
-                        let sample = sample.with_context(|| format!("{}: {}", contestant.name, row.name))?;
-                        record.samples[index].push(sample);
-                    }
+                    progress(&format!("{label}: {}", contestant.name));
+                    let sample = self.sample(contestant, row, round);
+                    let sample = sample.with_context(|| format!("{}: {}", contestant.name, row.name))?;
+                    record.samples[index].push(sample);
                 }
             }
         }
