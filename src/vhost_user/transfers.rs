@@ -403,3 +403,106 @@ impl<'m> Transfers<'m> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::base::Base;
+    use crate::sys::file;
+    use crate::sys::guest::RegionPlace;
+
+    const PAGE: u64 = 4096;
+
+    /// Transfers of the pages of an image, one after the other, and what they take.
+    struct Reader<'m> {
+        transfers: Transfers<'m>,
+        pages: std::iter::Enumerate<std::vec::IntoIter<Writable<'m>>>,
+        taken: Vec<Finished<'m>>,
+        volume: &'m Volume,
+        memory: &'m Arc<GuestMemory>,
+        epoll: &'m Epoll,
+    }
+
+    impl Reader<'_> {
+        fn begin(&mut self, count: u32) {
+            let Reader { transfers, pages, volume, memory, epoll, .. } = self;
+            for (number, data) in pages.take(count as usize) {
+                let (offset, status_place) = (number as u64 * PAGE, data.part(0, 1));
+                let request = Request { head: 0, taken: Instant::now(), offset, status_place };
+                assert!(transfers.begin_read(request, &[data], volume, memory, epoll, true));
+            }
+        }
+
+        /// Has the kernel read one of which nobody looks whether it has.
+        fn leave_one(&mut self) {
+            self.begin(1);
+            self.transfers.uring.as_mut().unwrap().submit().unwrap();
+            assert!(self.transfers.has_some());
+        }
+
+        fn take(&mut self) {
+            self.transfers.take(self.volume, &mut self.taken);
+        }
+
+        /// How many batches are served before the kernel knows of all.
+        fn batches(&mut self, others: bool) -> u32 {
+            let mut batches = 0;
+            while self.transfers.uring.as_ref().unwrap().unsubmitted() > 0 && batches < 100 {
+                batches += 1;
+                self.transfers.submit_soon(self.volume, others);
+            }
+            batches
+        }
+    }
+
+    /// All of it is in memory, so that the kernel is done with whatever it is told of; what is counted is batches, and no time.
+    #[test]
+    fn reads_wait_for_company_while_others_are_served_and_for_what_is_to_be_collected_but_not_for_ever() {
+        let rings = match RingFiles::create(1) {
+            Ok(files) => Arc::new(Rings::new(vec![files.files()[0].try_clone().unwrap()], files.shape())),
+            Err(error) => return println!("skipped: no io_uring here: {error}"),
+        };
+        let file = || {
+            let file = tempfile::tempfile().unwrap();
+            file::write_at(&file, &[Readable::from_slice(&[7; 32 * PAGE as usize])], 0).unwrap();
+            file
+        };
+        let volume = Volume::read_only(Base::map(&file(), "an image".to_owned()).unwrap());
+        let place = RegionPlace { guest_address: 0, user_address: 0, bytes: 32 * PAGE, file_offset: 0 };
+        let memory = Arc::new(GuestMemory::map(vec![(place, file())]).unwrap());
+        let epoll = Epoll::new().unwrap();
+        let mut buffers = Vec::new();
+        assert!((0..32).all(|page| memory.writable(page * PAGE, PAGE, &mut buffers)));
+        let mut reader = Reader {
+            transfers: Transfers::new(Some(rings)),
+            pages: buffers.into_iter().enumerate(),
+            taken: Vec::new(),
+            volume: &volume,
+            memory: &memory,
+            epoll: &epoll,
+        };
+
+        reader.begin(TOGETHER - 1);
+        assert_eq!(reader.batches(true), PUT_OFF_MAX + 1, "too few for company");
+        reader.take();
+        reader.begin(1);
+        assert_eq!(reader.batches(false), 1, "nobody else is served");
+        reader.take();
+        reader.begin(TOGETHER);
+        assert_eq!(reader.batches(true), 1, "enough of them");
+        reader.take();
+
+        reader.leave_one();
+        reader.begin(TOGETHER);
+        assert_eq!(reader.batches(true), 2 * PUT_OFF_MAX + 1, "one is to be collected first");
+        reader.take();
+        reader.leave_one();
+        reader.begin(TOGETHER);
+        reader.transfers.submit_soon(&volume, true);
+        reader.take();
+        assert_eq!(reader.batches(true), 1, "it has been");
+        reader.take();
+        assert_eq!((reader.taken.len(), reader.transfers.count()), (18, 0));
+        assert!(reader.taken.iter().all(|read| !read.failed));
+    }
+}
