@@ -16,6 +16,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -534,6 +535,9 @@ fn advise(file: &File, advice: libc::c_int) -> io::Result<()> {
 /// Writes to so many bytes of memory that nobody uses, and gives them back. What the kernel hands out next is then there: a hypervisor that takes back what has been
 /// free for some seconds (free page reporting) has to find it again otherwise, page by page, when somebody first writes to it.
 pub fn warm_free_memory(bytes: usize) -> io::Result<()> {
+    /// The kernel tells of what is free two seconds after some of it has become so. What was freed earlier has been told of when these bytes are, and so there are two
+    /// seconds until it tells again.
+    const UNTIL_TOLD: Duration = Duration::from_millis(2300);
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
     let start = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
@@ -545,6 +549,7 @@ pub fn warm_free_memory(bytes: usize) -> io::Result<()> {
         // In large pages where there are any: of memory given back in small ones, some is still not there.
         libc::madvise(start, bytes, libc::MADV_HUGEPAGE);
         let written = check(libc::madvise(start, bytes, libc::MADV_POPULATE_WRITE));
+        thread::sleep(UNTIL_TOLD);
         libc::munmap(start, bytes);
         written
     }
