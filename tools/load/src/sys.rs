@@ -535,8 +535,8 @@ fn advise(file: &File, advice: libc::c_int) -> io::Result<()> {
 /// Writes to so many bytes of memory that nobody uses, and gives them back. What the kernel hands out next is then there: a hypervisor that takes back what has been
 /// free for some seconds (free page reporting) has to find it again otherwise, page by page, when somebody first writes to it.
 pub fn warm_free_memory(bytes: usize) -> io::Result<()> {
-    /// The kernel tells of what is free two seconds after some of it has become so. What was freed earlier has been told of when these bytes are, and so there are two
-    /// seconds until it tells again.
+    /// The kernel tells a hypervisor of what is free two seconds after some of it has become so. By the end of this time it has told of all that was free before, and tells
+    /// of these bytes two seconds later at the earliest.
     const UNTIL_TOLD: Duration = Duration::from_millis(2300);
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
